@@ -1,0 +1,178 @@
+package wire
+
+import "encoding/json"
+
+// HistoryEntry is a prompt that has ended.
+type HistoryEntry struct {
+	PromptID    string
+	Number      float64
+	ClientID    string
+	Marker      Marker
+	Status      string // status_str: "success" or "error", also when interrupted; "" when status is null
+	Completed   bool
+	Messages    []HistoryMessage
+	RawMessages []json.RawMessage // the same, as [name, data]
+	Outputs     []NodeOutput      // in the order of the JSON
+	Graph       json.RawMessage   // only withGraphs
+	ExtraData   json.RawMessage   // only withGraphs
+}
+
+// HistoryMessage is the Message that the stream carried; one of an unexpected form is Other.
+type HistoryMessage = Message
+
+// NodeOutput is what a node has put under ui; Outputs splits it. Output never is null.
+type NodeOutput struct {
+	Node   string
+	Output json.RawMessage
+}
+
+// Terminal returns the last message that ends a prompt, which decides how it ended even where Status says otherwise; nil: there is
+// none. An execution_error of type ExecutionBlocked ends nothing.
+func (e *HistoryEntry) Terminal() *Message {
+	for i := len(e.Messages) - 1; i >= 0; i-- {
+		if m := &e.Messages[i]; m.Terminal() {
+			return m
+		}
+	}
+	return nil
+}
+
+// Terminal tells whether the message ends its prompt: execution_success, execution_interrupted, and execution_error unless its type is
+// ExecutionBlocked.
+func (m *Message) Terminal() bool {
+	switch m.Type {
+	case ExecutionSuccess, ExecutionInterrupted:
+		return true
+	case ExecutionError:
+		return !m.Failure.Blocked()
+	}
+	return false
+}
+
+// Blocked tells whether the failure is an output that an ExecutionBlocker held back: the job goes on.
+func (f *Failure) Blocked() bool { return f.ExceptionType == "ExecutionBlocked" }
+
+// History reads the answer to GET /history or /history/{id}, in the order of the JSON: the oldest first. Graphs are passed over
+// unless withGraphs.
+func History(body []byte, withGraphs bool) ([]HistoryEntry, error) {
+	d := NewDecoder()
+	s := &d.s
+	s.reset(body)
+	if s.at() != '{' {
+		s.fail()
+	}
+	var entries []HistoryEntry
+	for s.object(); s.next(); {
+		if len(entries) == maxNodes {
+			s.fail()
+			break
+		}
+		entries = append(entries, d.historyEntry(withGraphs))
+	}
+	s.end()
+	if s.bad {
+		return nil, s.err("history")
+	}
+	return lastWins(entries, func(e *HistoryEntry) string { return e.PromptID }), nil
+}
+
+func (d *Decoder) historyEntry(withGraphs bool) HistoryEntry {
+	s := &d.s
+	e := HistoryEntry{PromptID: d.names.str(s.key)}
+	if s.at() != '{' {
+		s.fail()
+	}
+	for s.object(); s.next(); {
+		switch string(s.key) {
+		case "prompt":
+			item := d.queueItem(withGraphs)
+			e.Number, e.ClientID, e.Marker = item.Number, item.ClientID, item.Marker
+			e.Graph, e.ExtraData = item.Graph, item.ExtraData
+		case "outputs":
+			e.Outputs = d.nodeOutputs()
+		case "status":
+			d.historyStatus(&e)
+		default:
+			s.skip()
+		}
+	}
+	return e
+}
+
+func (d *Decoder) historyStatus(e *HistoryEntry) {
+	s := &d.s
+	e.Status, e.Completed, e.Messages, e.RawMessages = "", false, nil, nil
+	if !s.object() {
+		return
+	}
+	for s.next() {
+		switch string(s.key) {
+		case "status_str":
+			e.Status = d.id()
+		case "completed":
+			e.Completed = s.boolean()
+		case "messages":
+			e.Messages, e.RawMessages = d.messages()
+		default:
+			s.skip()
+		}
+	}
+}
+
+func (d *Decoder) messages() (messages []HistoryMessage, raw []json.RawMessage) {
+	s := &d.s
+	if !s.list() {
+		return nil, nil
+	}
+	for s.elem() {
+		start, bare := s.i, s.bare
+		s.bare = false
+		messages = append(messages, d.message())
+		raw = append(raw, s.copyFrom(start))
+		s.bare = s.bare || bare
+	}
+	return messages, raw
+}
+
+// message reads [name, data].
+func (d *Decoder) message() Message {
+	s := &d.s
+	m := Message{Remaining: -1}
+	if !s.list() {
+		return m
+	}
+	for n := 0; s.elem(); n++ {
+		switch n {
+		case 0:
+			d.name(&m)
+		case 1:
+			d.data(&m)
+		default:
+			s.skip()
+		}
+	}
+	m.complete()
+	return m
+}
+
+func (d *Decoder) nodeOutputs() (outputs []NodeOutput) {
+	s := &d.s
+	if !s.object() {
+		return nil
+	}
+	for s.next() {
+		if len(outputs) == maxNodes {
+			s.fail()
+			break
+		}
+		outputs = append(outputs, NodeOutput{Node: d.names.str(s.key), Output: d.nonNull()})
+	}
+	outputs = lastWins(outputs, func(o *NodeOutput) string { return o.Node })
+	kept := outputs[:0]
+	for _, o := range outputs {
+		if o.Output != nil {
+			kept = append(kept, o)
+		}
+	}
+	return kept
+}

@@ -1,0 +1,582 @@
+// Package wire decodes what a ComfyUI server sends: the frames of its WebSocket and the bodies of its HTTP answers. Bytes in,
+// typed messages out; no I/O, no goroutines. Unknown message types are kept raw.
+//
+// All decoders share one reading of JSON. The whole document is checked against the grammar, and beyond it NaN, Infinity and
+// -Infinity are taken, which Python writes. Nesting is bounded. Of equal keys the last wins. A value of a type that was not
+// expected is taken as absent, because custom nodes send what they like; ids may be numbers. Text that is no UTF-8 gets U+FFFD.
+// What follows is as large as a constant times the input at most, and the input is for the caller to bound.
+package wire
+
+import (
+	"encoding/json"
+	"slices"
+)
+
+// Type is the type of a text frame.
+type Type uint8
+
+const (
+	Other Type = iota // a type that this package does not know, or none
+	Status
+	FeatureFlags
+	ExecutionStart
+	ExecutionCached
+	Executing
+	Progress
+	ProgressState
+	Executed
+	ExecutionSuccess
+	ExecutionError
+	ExecutionInterrupted
+)
+
+// String returns the name on the wire; "other" for Other.
+func (t Type) String() string {
+	switch t {
+	case Status:
+		return "status"
+	case FeatureFlags:
+		return "feature_flags"
+	case ExecutionStart:
+		return "execution_start"
+	case ExecutionCached:
+		return "execution_cached"
+	case Executing:
+		return "executing"
+	case Progress:
+		return "progress"
+	case ProgressState:
+		return "progress_state"
+	case Executed:
+		return "executed"
+	case ExecutionSuccess:
+		return "execution_success"
+	case ExecutionError:
+		return "execution_error"
+	case ExecutionInterrupted:
+		return "execution_interrupted"
+	}
+	return "other"
+}
+
+func typeOf(name []byte) Type {
+	switch string(name) {
+	case "status":
+		return Status
+	case "feature_flags":
+		return FeatureFlags
+	case "execution_start":
+		return ExecutionStart
+	case "execution_cached":
+		return ExecutionCached
+	case "executing":
+		return Executing
+	case "progress":
+		return Progress
+	case "progress_state":
+		return ProgressState
+	case "executed":
+		return Executed
+	case "execution_success":
+		return ExecutionSuccess
+	case "execution_error":
+		return ExecutionError
+	case "execution_interrupted":
+		return ExecutionInterrupted
+	}
+	return Other
+}
+
+// Message is one text frame, or one message of a history entry. It shares no memory with the bytes that it was read from.
+type Message struct {
+	Type      Type
+	Name      string // the wire name, also for Other
+	PromptID  string // of any type; "": none, as in status frames and the executing sent on reconnect
+	Node      string // executing, progress, executed, error, interrupted; "" when null or absent
+	NodeNull  bool   // executing: node is present and null, the end of a prompt
+	Display   string // executing, executed: display_node
+	Value     float64
+	Max       float64         // progress, with Value: finite, whatever the server sent
+	Nodes     []NodeState     // progress_state, in the order of the JSON
+	Cached    []string        // execution_cached
+	Output    json.RawMessage // executed: without NaN and Infinity; nil when null
+	Failure   *Failure        // never nil for execution_error and execution_interrupted, else nil
+	Timestamp int64           // ms; 0: absent (an ExecutionBlocked error has none)
+	Remaining int             // status: queue_remaining; -1: absent
+	SID       string          // status sent on connect
+	Raw       json.RawMessage // Other and FeatureFlags: data without NaN and Infinity; nil when absent
+}
+
+// NodeState is one node of a progress_state. Value and Max are finite.
+type NodeState struct {
+	ID, Display, Parent, Real string
+	Value, Max                float64
+	State                     string // "running", "finished", and what later servers may add
+}
+
+// Failure is what execution_error and execution_interrupted say. Of an interrupted prompt only NodeID, NodeType and Executed are known.
+type Failure struct {
+	NodeID, NodeType, ExceptionType, Message string
+	Traceback                                []string
+	Executed                                 []string
+}
+
+// maxNodes bounds the nodes of one progress_state, and the entries of the other objects that have a cost for each key.
+const maxNodes = 1 << 16
+
+// Decoder decodes the frames of one stream. It keeps the ids and names that come again and again, a bounded number of them. It
+// is not safe for concurrent use.
+type Decoder struct {
+	s        scanner
+	names    interner
+	promptID string // the one seen last
+	peeked   []byte
+	nodes    []NodeState
+	texts    []string
+}
+
+func NewDecoder() *Decoder { return &Decoder{} }
+
+// Peek finds the type and the prompt id of a text frame and allocates nothing. The id is valid until the next call and as long as
+// the frame is. It is what Text would give as PromptID. ok is false when Text would fail.
+func (d *Decoder) Peek(frame []byte) (t Type, promptID []byte, ok bool) {
+	s := &d.s
+	s.reset(frame)
+	defer d.release()
+	if s.at() != '{' {
+		return Other, nil, false
+	}
+	for s.object(); s.next(); {
+		switch string(s.key) {
+		case "type":
+			t = typeOf(d.nameText())
+		case "data":
+			promptID = d.peekPromptID()
+		default:
+			s.skip()
+		}
+	}
+	s.end()
+	if s.bad {
+		return Other, nil, false
+	}
+	return t, promptID, true
+}
+
+func (d *Decoder) peekPromptID() (promptID []byte) {
+	s := &d.s
+	if !s.object() {
+		return nil
+	}
+	for s.next() {
+		if string(s.key) != "prompt_id" {
+			s.skip()
+			continue
+		}
+		promptID = s.text()
+		if len(s.buf) > 0 && len(promptID) > 0 && &promptID[0] == &s.buf[0] {
+			d.peeked = append(d.peeked[:0], promptID...) // the next escaped text overwrites buf
+			promptID = d.peeked
+		}
+	}
+	return promptID
+}
+
+// Text decodes one text frame. A frame that is no JSON object is ErrMalformed; one without type is Other.
+func (d *Decoder) Text(frame []byte) (Message, error) {
+	s := &d.s
+	s.reset(frame)
+	defer d.release()
+	m := Message{Remaining: -1}
+	if s.at() != '{' {
+		s.fail()
+	}
+	// As a rule type comes first and data once: then data is decoded as it is met. Otherwise it is passed, and decoded when
+	// its type is known.
+	dataAt, typed := -1, false
+	var decodedAs Type
+	for s.object(); s.next(); {
+		switch string(s.key) {
+		case "type":
+			d.name(&m)
+			typed = true
+		case "data":
+			again := dataAt >= 0
+			dataAt = s.i
+			if typed && !again {
+				d.data(&m)
+				decodedAs = m.Type
+			} else {
+				s.skip()
+				typed = false
+			}
+		default:
+			s.skip()
+		}
+	}
+	s.end()
+	if dataAt >= 0 && !s.bad && (!typed || decodedAs != m.Type) {
+		m = Message{Type: m.Type, Name: m.Name, Remaining: -1}
+		s.i, s.depth = dataAt, 1
+		d.data(&m)
+	}
+	if s.bad {
+		return Message{}, s.err("text frame")
+	}
+	m.complete()
+	return m, nil
+}
+
+// complete makes good for data that never came.
+func (m *Message) complete() {
+	if m.Failure == nil && (m.Type == ExecutionError || m.Type == ExecutionInterrupted) {
+		m.Failure = &Failure{}
+	}
+}
+
+// release lets go of the frame.
+func (d *Decoder) release() {
+	d.s.b, d.s.key = nil, nil
+}
+
+// name reads the type of a message.
+func (d *Decoder) name(m *Message) {
+	name := d.nameText()
+	if m.Type = typeOf(name); m.Type == Other {
+		m.Name = d.names.str(name)
+	} else {
+		m.Name = m.Type.String()
+	}
+}
+
+// nameText reads the type of a frame: a string, or nothing.
+func (d *Decoder) nameText() []byte {
+	if d.s.at() != '"' {
+		d.s.skip()
+		return nil
+	}
+	return d.s.str()
+}
+
+// data reads the data of a message whose Type is set.
+func (d *Decoder) data(m *Message) {
+	s := &d.s
+	start, bare := s.i, s.bare
+	s.bare = false
+	m.complete()
+	if s.object() {
+		for s.next() {
+			if string(s.key) == "prompt_id" {
+				m.PromptID = d.prompt()
+				continue
+			}
+			switch m.Type {
+			case Progress:
+				d.progress(m)
+			case ProgressState:
+				d.progressState(m)
+			case Executing:
+				d.executing(m)
+			case Executed:
+				d.executed(m)
+			case Status:
+				d.status(m)
+			case ExecutionStart, ExecutionSuccess, ExecutionCached:
+				d.stage(m)
+			case ExecutionError, ExecutionInterrupted:
+				d.failure(m)
+			default:
+				s.skip()
+			}
+		}
+	}
+	if m.Type == Other || m.Type == FeatureFlags {
+		m.Raw = s.copyFrom(start)
+	}
+	s.bare = s.bare || bare
+}
+
+func (d *Decoder) prompt() string {
+	id := d.s.text()
+	if string(id) != d.promptID {
+		d.promptID = d.names.str(id)
+	}
+	return d.promptID
+}
+
+func (d *Decoder) id() string { return d.names.str(d.s.text()) }
+
+func (d *Decoder) progress(m *Message) {
+	switch s := &d.s; string(s.key) {
+	case "value":
+		m.Value = s.number()
+	case "max":
+		m.Max = s.number()
+	case "node":
+		m.Node = d.id()
+	default:
+		s.skip()
+	}
+}
+
+func (d *Decoder) executing(m *Message) {
+	switch s := &d.s; string(s.key) {
+	case "node":
+		m.NodeNull = s.at() == 'n'
+		m.Node = d.id()
+	case "display_node":
+		m.Display = d.id()
+	default:
+		s.skip()
+	}
+}
+
+func (d *Decoder) executed(m *Message) {
+	switch s := &d.s; string(s.key) {
+	case "node":
+		m.Node = d.id()
+	case "display_node":
+		m.Display = d.id()
+	case "output":
+		m.Output = d.nonNull()
+	default:
+		s.skip()
+	}
+}
+
+// nonNull reads any value as raw, null and the like as nil.
+func (d *Decoder) nonNull() json.RawMessage {
+	switch s := &d.s; s.at() {
+	case 'n', 'N', 'I':
+		s.skip()
+		return nil
+	default:
+		raw := s.raw()
+		if string(raw) == "null" { // -Infinity
+			return nil
+		}
+		return raw
+	}
+}
+
+func (d *Decoder) status(m *Message) {
+	s := &d.s
+	switch string(s.key) {
+	case "sid":
+		m.SID = d.id()
+	case "status":
+		m.Remaining = -1
+		if s.object() {
+			for s.next() {
+				if string(s.key) == "exec_info" {
+					m.Remaining = d.queueRemaining()
+				} else {
+					s.skip()
+				}
+			}
+		}
+	default:
+		s.skip()
+	}
+}
+
+func (d *Decoder) queueRemaining() int {
+	s := &d.s
+	remaining := -1
+	if s.object() {
+		for s.next() {
+			switch c := s.at(); {
+			case string(s.key) != "queue_remaining":
+				s.skip()
+			case '0' <= c && c <= '9':
+				remaining = int(s.integer())
+			default:
+				remaining = -1
+				s.skip()
+			}
+		}
+	}
+	return remaining
+}
+
+func (d *Decoder) stage(m *Message) {
+	switch s := &d.s; {
+	case string(s.key) == "timestamp":
+		m.Timestamp = s.integer()
+	case string(s.key) == "nodes" && m.Type == ExecutionCached:
+		m.Cached = d.ids()
+	default:
+		s.skip()
+	}
+}
+
+func (d *Decoder) failure(m *Message) {
+	switch s := &d.s; string(s.key) {
+	case "node_id":
+		m.Node = d.id()
+		m.Failure.NodeID = m.Node
+	case "node_type":
+		m.Failure.NodeType = d.id()
+	case "exception_type":
+		m.Failure.ExceptionType = d.id()
+	case "exception_message":
+		m.Failure.Message = string(s.text())
+	case "traceback":
+		m.Failure.Traceback = d.lines()
+	case "executed":
+		m.Failure.Executed = d.ids()
+	case "timestamp":
+		m.Timestamp = s.integer()
+	default:
+		s.skip()
+	}
+}
+
+// ids reads a list of ids; nulls and containers in it are left out.
+func (d *Decoder) ids() []string {
+	return d.list(func(b []byte) string { return d.names.str(b) })
+}
+
+// lines reads a list of texts, or one text.
+func (d *Decoder) lines() []string {
+	if d.s.at() == '"' {
+		return []string{string(d.s.str())}
+	}
+	return d.list(func(b []byte) string { return string(b) })
+}
+
+func (d *Decoder) list(keep func([]byte) string) []string {
+	s := &d.s
+	if !s.list() {
+		return nil
+	}
+	d.texts = d.texts[:0]
+	for s.elem() {
+		switch s.at() {
+		case 'n', '{', '[', 'N', 'I':
+			s.skip()
+		default:
+			d.texts = append(d.texts, keep(s.text()))
+		}
+	}
+	list := slices.Clone(d.texts)
+	clear(d.texts)
+	if len(list) == 0 {
+		return nil
+	}
+	if cap(d.texts) > maxScratch/16 {
+		d.texts = nil
+	}
+	return list
+}
+
+func (d *Decoder) progressState(m *Message) {
+	s := &d.s
+	if string(s.key) != "nodes" {
+		s.skip()
+		return
+	}
+	m.Nodes = nil
+	if !s.object() {
+		return
+	}
+	d.nodes = d.nodes[:0]
+	for s.next() {
+		if len(d.nodes) == maxNodes {
+			s.fail()
+			break
+		}
+		d.nodes = append(d.nodes, NodeState{ID: d.names.str(s.key)})
+		d.nodeState(&d.nodes[len(d.nodes)-1])
+	}
+	if n := lastWins(d.nodes, func(n *NodeState) string { return n.ID }); len(n) > 0 && !s.bad {
+		m.Nodes = slices.Clone(n)
+	}
+	clear(d.nodes)
+	if cap(d.nodes) > 512 {
+		d.nodes = nil
+	}
+}
+
+func (d *Decoder) nodeState(n *NodeState) {
+	s := &d.s
+	if !s.object() {
+		return
+	}
+	for s.next() {
+		switch string(s.key) {
+		case "value":
+			n.Value = s.number()
+		case "max":
+			n.Max = s.number()
+		case "state":
+			n.State = d.state()
+		case "display_node_id":
+			n.Display = d.near(n.ID)
+		case "parent_node_id":
+			n.Parent = d.id()
+		case "real_node_id":
+			n.Real = d.near(n.ID)
+		default:
+			s.skip()
+		}
+	}
+}
+
+// near reads an id that is likely to be the one given.
+func (d *Decoder) near(id string) string {
+	b := d.s.text()
+	if string(b) == id {
+		return id
+	}
+	return d.names.str(b)
+}
+
+func (d *Decoder) state() string {
+	b := d.s.text()
+	switch string(b) {
+	case "running":
+		return "running"
+	case "finished":
+		return "finished"
+	}
+	return d.names.str(b)
+}
+
+// lastWins gives each key its last value, at the place of its first, in the memory of list.
+func lastWins[T any](list []T, key func(*T) string) []T {
+	if len(list) < 2 {
+		return list
+	}
+	if len(list) <= 16 {
+		return lastWinsBy(list, func(kept []T, v *T) int {
+			k := key(v)
+			for i := range kept {
+				if key(&kept[i]) == k {
+					return i
+				}
+			}
+			return -1
+		})
+	}
+	places := make(map[string]int, len(list))
+	return lastWinsBy(list, func(kept []T, v *T) int {
+		if i, ok := places[key(v)]; ok {
+			return i
+		}
+		places[key(v)] = len(kept)
+		return -1
+	})
+}
+
+func lastWinsBy[T any](list []T, find func(kept []T, v *T) int) []T {
+	kept := list[:0]
+	for i := range list {
+		if at := find(kept, &list[i]); at >= 0 {
+			kept[at] = list[i]
+		} else {
+			kept = append(kept, list[i])
+		}
+	}
+	return kept
+}
