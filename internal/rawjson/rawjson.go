@@ -102,6 +102,34 @@ func lastWins(members []Member) []Member {
 	return kept
 }
 
+// Field returns the member of an object that has a name; nil if there is none.
+func Field(object json.RawMessage, name string) json.RawMessage {
+	if Kind(object) != '{' {
+		return nil
+	}
+	var value json.RawMessage
+	for i := 1; object[i] != '}'; {
+		if object[i] == ',' {
+			i++
+		}
+		keyEnd := stringEnd(object, i)
+		end := valueEnd(object, keyEnd+1)
+		if isText(object[i:keyEnd], name) {
+			value = object[keyEnd+1 : end : end]
+		}
+		i = end
+	}
+	return value
+}
+
+// isText is Text(value) == s, mostly without an allocation.
+func isText(value json.RawMessage, s string) bool {
+	if bytes.IndexByte(value, '\\') < 0 {
+		return string(value[1:len(value)-1]) == s
+	}
+	return Text(value) == s
+}
+
 // Elements returns the elements of a list; nil for any other value.
 func Elements(list json.RawMessage) []json.RawMessage {
 	if Kind(list) != '[' {

@@ -120,6 +120,11 @@ func FuzzCompact(f *testing.F) {
 			if err := json.Unmarshal(raw, &object); err != nil || len(object) != len(members) {
 				t.Fatalf("%q: %d members, %d keys, %v", raw, len(members), len(object), err)
 			}
+			for _, m := range members {
+				if field := Field(raw, m.Name); !bytes.Equal(field, m.Value) {
+					t.Fatalf("%q: %q is %q and %q", raw, m.Name, m.Value, field)
+				}
+			}
 			if !assert.ObjectsAreEqual(decode(raw), decode(AppendMembers(nil, members))) {
 				t.Fatalf("%q does not come back", raw)
 			}
