@@ -16,6 +16,7 @@ type JobOption func(*jobOptions)
 // jobOptions is what the options of one Execute or Submit add up to.
 type jobOptions struct {
 	id                string
+	fresh             bool // the id was made for this call
 	labels            map[string]string
 	extraData         map[string]any
 	limits            Limits
@@ -133,11 +134,15 @@ type Job struct {
 	promptID  string
 	progress  Progress
 	startedAt time.Time
+	accepted  bool // the pod has had it
 	result    *Result
 	err       error
 	last      *Event // the end, for those who subscribe after it
-	queues    []*eventQueue
+	sinks     []eventSink
 }
+
+// eventSink takes events without waiting for anybody.
+type eventSink interface{ push(evs []Event) }
 
 func newJob(c *PodClient, r *Record) *Job {
 	return &Job{
@@ -224,15 +229,33 @@ func (j *Job) subscribe(q *eventQueue) (snapshot Event, last *Event) {
 		snapshot.Attempt = j.last.Attempt
 		return snapshot, j.last
 	}
-	j.queues = append(j.queues, q)
+	j.sinks = append(j.sinks, q)
 	return snapshot, nil
+}
+
+// attach adds a callback, which gets what happens from now on, or the end if that has been.
+func (j *Job) attach(c *callback) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.last != nil {
+		c.push([]Event{*j.last})
+		return
+	}
+	j.sinks = append(j.sinks, c)
+}
+
+// wasAccepted tells whether the pod has had the job.
+func (j *Job) wasAccepted() bool {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.accepted
 }
 
 func (j *Job) unsubscribe(q *eventQueue) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	if i := slices.Index(j.queues, q); i >= 0 {
-		j.queues = slices.Delete(j.queues, i, i+1)
+	if i := slices.Index(j.sinks, eventSink(q)); i >= 0 {
+		j.sinks = slices.Delete(j.sinks, i, i+1)
 	}
 }
 
@@ -279,13 +302,20 @@ func (j *Job) publish(r *Record, evs []Event) {
 	if len(evs) == 0 {
 		return
 	}
-	for _, q := range j.queues {
-		q.push(evs)
+	for _, s := range j.sinks {
+		s.push(evs)
 	}
 }
 
-// accept closes taken. It is called by the tracker alone.
+// accept notes that the pod has the job. It is called by the tracker alone.
 func (j *Job) accept() {
+	j.mu.Lock()
+	j.accepted = true
+	j.mu.Unlock()
+	j.letGo()
+}
+
+func (j *Job) letGo() {
 	select {
 	case <-j.taken:
 	default:
@@ -297,15 +327,15 @@ func (j *Job) accept() {
 func (j *Job) finish(r *Result, err error, last *Event) {
 	j.mu.Lock()
 	j.result, j.err, j.last = r, err, last
-	queues := j.queues
-	j.queues = nil
+	sinks := j.sinks
+	j.sinks = nil
 	j.mu.Unlock()
-	for _, q := range queues {
-		if last != nil {
-			q.push([]Event{*last})
+	if last != nil {
+		for _, s := range sinks {
+			s.push([]Event{*last})
 		}
 	}
-	j.accept()
+	j.letGo()
 	close(j.done)
 }
 

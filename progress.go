@@ -167,7 +167,7 @@ type Preview struct {
 // omission of observations, an end is final and progress does not go back.
 type jobState struct {
 	rec     Record
-	graph   *graphInfo
+	graph   *plan
 	attempt attemptState
 }
 
@@ -402,7 +402,7 @@ func (e *emitter) frame(m *wire.Message) {
 	case wire.ExecutionError:
 		if blocked(m) {
 			// Not an end: the job goes on without what the blocked node would have made.
-			e.warn(e.s.failure(CategoryExecution, executionError(m.Failure)))
+			e.warn(e.s.failure(CategoryExecution, executionErrorOf(m)))
 			return
 		}
 		e.terminalFrame(m)
@@ -414,6 +414,11 @@ func (e *emitter) frame(m *wire.Message) {
 	if a.ended == nil && a.verdict == nil {
 		e.s.clock(e.now)
 	}
+}
+
+func executionErrorOf(m *wire.Message) *ExecutionError {
+	_, err := classifyExecution(m.Failure)
+	return err
 }
 
 // blocked tells the ExecutionBlocker's message, which looks like an error and is none: it has no timestamp, is not in the
@@ -559,7 +564,10 @@ func (e *emitter) executed(m *wire.Message) {
 		n.inner[m.Node] = true
 	}
 	e.s.sum()
-	outs := outputsOf(m.Node, m.Output, nil)
+	if len(m.Output) == 0 {
+		return
+	}
+	outs := outputsOf(nil, []wire.NodeOutput{{Node: m.Node, Output: m.Output}})
 	if len(outs) == 0 {
 		return
 	}
@@ -801,4 +809,63 @@ func remaining(elapsed time.Duration, base, fraction float64) time.Duration {
 		return 0
 	}
 	return time.Duration(left)
+}
+
+// plan is what a workflow tells of the work ahead. It never changes. A nil plan knows no node.
+type plan struct {
+	graph *graphInfo
+	steps map[string]float64 // of nodes that say in their inputs how many steps they will make
+	whole float64
+}
+
+// maxPlannedSteps bounds what one node may weigh against the others.
+const maxPlannedSteps = 1000
+
+// planOf weighs the nodes: a sampler of twenty steps is worth twenty-one nodes without steps, since that is where the time goes.
+func planOf(w *Workflow) *plan {
+	p := &plan{graph: w.graphInfo(), whole: float64(len(w.nodes))}
+	for _, n := range w.nodes {
+		steps := n.plannedSteps()
+		if steps <= 1 {
+			continue
+		}
+		if p.steps == nil {
+			p.steps = map[string]float64{}
+		}
+		steps = math.Min(steps, maxPlannedSteps)
+		p.steps[n.id] = steps
+		p.whole += steps
+	}
+	return p
+}
+
+// graphOf is the plan of a stored job; nil when its workflow is gone.
+func graphOf(r *Record) *plan {
+	w, err := ParseWorkflow(r.Workflow)
+	if err != nil {
+		return nil
+	}
+	return planOf(w)
+}
+
+func (p *plan) node(id string) (class, title string, ok bool) {
+	if p == nil {
+		return "", "", false
+	}
+	return p.graph.node(id)
+}
+
+// weight is a node's part of the whole.
+func (p *plan) weight(id string) (w float64, ok bool) {
+	if _, _, ok = p.node(id); !ok {
+		return 0, false
+	}
+	return 1 + p.steps[id], true
+}
+
+func (p *plan) total() float64 {
+	if p == nil {
+		return 0
+	}
+	return p.whole
 }

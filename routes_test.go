@@ -255,8 +255,11 @@ func TestPostPromptThatNeverLeft(t *testing.T) {
 func TestPostPromptWithoutAnswer(t *testing.T) {
 	t.Parallel()
 	for name, cut := range map[string]func(http.ResponseWriter){
-		"reset":     func(w http.ResponseWriter) { reset(t, w) },
-		"half":      func(w http.ResponseWriter) { w.Header().Set("Content-Length", "100"); _, _ = io.WriteString(w, `{"prompt_id"`) },
+		"reset": func(w http.ResponseWriter) { reset(t, w) },
+		"half": func(w http.ResponseWriter) {
+			w.Header().Set("Content-Length", "100")
+			_, _ = io.WriteString(w, `{"prompt_id"`)
+		},
 		"malformed": func(w http.ResponseWriter) { _, _ = io.WriteString(w, `{"prompt_id":"p"`) },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -448,7 +448,7 @@ func (l *lease) lose() {
 // admission is a job that is to be followed.
 type admission struct {
 	rec       *Record
-	graph     *graphInfo
+	graph     *plan
 	opts      *jobOptions
 	drive     bool // the lease is ours
 	fresh     bool // its id was made just now: no POST can have been made for it
@@ -1313,10 +1313,7 @@ func (t *tracker) onSight(j *tracked, now time.Time) {
 func (t *tracker) historyRead(j *tracked, entry *wire.HistoryEntry, now time.Time) {
 	t.pod.ended = entry.PromptID
 	t.onSight(j, now)
-	outs := make([]Output, 0, len(entry.Outputs))
-	for _, o := range entry.Outputs {
-		outs = append(outs, outputsOf(o.Node, o.Output, t.client)...)
-	}
+	outs := outputsOf(t.client, entry.Outputs)
 	j.left = true
 	t.observe(j, obsHistory{entry, outs}, now)
 	t.notePoison(j, now)

@@ -5,7 +5,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/http"
-	"net/url"
 	"sync/atomic"
 	"time"
 
@@ -184,8 +183,7 @@ func (s *stream) connect(ctx context.Context) (heard bool, err error) {
 func (s *stream) dial(ctx context.Context) (*websocket.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.timing.Connect)
 	defer cancel()
-	u := s.endpoint.url("/ws", url.Values{"clientId": {s.clientID}})
-	u.Scheme = map[string]string{"http": "ws", "https": "wss"}[u.Scheme]
+	u := s.endpoint.streamURL(s.clientID)
 	header := http.Header{}
 	if err := s.endpoint.authorize(ctx, header); err != nil {
 		return nil, err
@@ -195,12 +193,12 @@ func (s *stream) dial(ctx context.Context) (*websocket.Conn, error) {
 		return conn, nil
 	}
 	if resp == nil {
-		return nil, &Error{Op: "dial stream", Pod: s.endpoint.name(), Category: plainCategory(err), Err: withoutURL(err)}
+		return nil, &Error{Op: "dial stream", Pod: s.endpoint.opts.name, Category: plainCategory(err), Err: withoutURL(err)}
 	}
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, 4096))
 	_ = resp.Body.Close()
 	refusal := classifyRefusal(resp.StatusCode, resp.Header, body)
-	refusal.Op, refusal.Pod = "dial stream", s.endpoint.name()
+	refusal.Op, refusal.Pod = "dial stream", s.endpoint.opts.name
 	return nil, refusal
 }
 
@@ -313,7 +311,7 @@ func (l *listening) listen(ctx context.Context) error {
 
 // failed tells of the end of a connection.
 func (s *stream) failed(err error) error {
-	return &Error{Op: "stream", Pod: s.endpoint.name(), Category: CategoryNetwork, Err: withoutURL(err)}
+	return &Error{Op: "stream", Pod: s.endpoint.opts.name, Category: CategoryNetwork, Err: withoutURL(err)}
 }
 
 // textFrame reads one text frame and hands it over if it is wanted. Only a failed read is an error.
