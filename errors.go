@@ -108,7 +108,7 @@ func (e *Error) describe(outer *Error) string {
 	if e.StatusCode != 0 {
 		kind += fmt.Sprintf(" (HTTP %d)", e.StatusCode)
 	}
-	if e.Category != outer.Category || e.StatusCode != outer.StatusCode {
+	if e.Category != outer.Category || e.StatusCode != outer.StatusCode || e.Err == nil {
 		parts = append(parts, kind)
 	}
 	switch cause := e.Err.(type) { //nolint:errorlint // only a direct *Error shares its fields with this one
@@ -431,7 +431,7 @@ type decodedError struct {
 	causes   []error
 }
 
-func (e *decodedError) Error() string { return e.text }
+func (e *decodedError) Error() string { return cmp.Or(e.text, strings.Join(e.codes, ", ")) }
 
 func (e *decodedError) Unwrap() []error {
 	all := slices.Clone(e.causes)
@@ -576,9 +576,6 @@ func (j *causeJSON) toError(depth int) error {
 		if err := cause.toError(depth + 1); err != nil {
 			e.causes = append(e.causes, err)
 		}
-	}
-	if e.text == "" {
-		e.text = cmp.Or(strings.Join(e.codes, ", "), "unknown error")
 	}
 	return e
 }

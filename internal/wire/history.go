@@ -1,6 +1,9 @@
 package wire
 
-import "encoding/json"
+import (
+	"encoding/json"
+	"slices"
+)
 
 // HistoryEntry is a prompt that has ended.
 type HistoryEntry struct {
@@ -53,7 +56,7 @@ func (m *Message) Terminal() bool {
 func (f *Failure) Blocked() bool { return f.ExceptionType == "ExecutionBlocked" }
 
 // History reads the answer to GET /history or /history/{id}, in the order of the JSON: the oldest first. Graphs are passed over
-// unless withGraphs.
+// unless withGraphs. An entry that is no object makes the answer ErrMalformed; what is not as expected within one is taken as absent.
 func History(body []byte, withGraphs bool) ([]HistoryEntry, error) {
 	d := NewDecoder()
 	s := &d.s
@@ -62,18 +65,14 @@ func History(body []byte, withGraphs bool) ([]HistoryEntry, error) {
 		s.fail()
 	}
 	var entries []HistoryEntry
-	for s.object(); s.next(); {
-		if len(entries) == maxNodes {
-			s.fail()
-			break
-		}
+	for s.object(); s.next() && s.take(); {
 		entries = append(entries, d.historyEntry(withGraphs))
 	}
 	s.end()
 	if s.bad {
 		return nil, s.err("history")
 	}
-	return lastWins(entries, func(e *HistoryEntry) string { return e.PromptID }), nil
+	return lastWins(entries, d.emptied(), func(e *HistoryEntry) string { return e.PromptID }), nil
 }
 
 func (d *Decoder) historyEntry(withGraphs bool) HistoryEntry {
@@ -85,7 +84,7 @@ func (d *Decoder) historyEntry(withGraphs bool) HistoryEntry {
 	for s.object(); s.next(); {
 		switch string(s.key) {
 		case "prompt":
-			item := d.queueItem(withGraphs)
+			item, _ := d.queueItem(withGraphs)
 			e.Number, e.ClientID, e.Marker = item.Number, item.ClientID, item.Marker
 			e.Graph, e.ExtraData = item.Graph, item.ExtraData
 		case "outputs":
@@ -124,7 +123,7 @@ func (d *Decoder) messages() (messages []HistoryMessage, raw []json.RawMessage) 
 	if !s.list() {
 		return nil, nil
 	}
-	for s.elem() {
+	for s.elem() && s.take() {
 		start, bare := s.i, s.bare
 		s.bare = false
 		messages = append(messages, d.message())
@@ -160,19 +159,13 @@ func (d *Decoder) nodeOutputs() (outputs []NodeOutput) {
 	if !s.object() {
 		return nil
 	}
-	for s.next() {
-		if len(outputs) == maxNodes {
-			s.fail()
-			break
-		}
+	for s.next() && s.take() {
 		outputs = append(outputs, NodeOutput{Node: d.names.str(s.key), Output: d.nonNull()})
 	}
-	outputs = lastWins(outputs, func(o *NodeOutput) string { return o.Node })
-	kept := outputs[:0]
-	for _, o := range outputs {
-		if o.Output != nil {
-			kept = append(kept, o)
-		}
+	outputs = lastWins(outputs, d.emptied(), func(o *NodeOutput) string { return o.Node })
+	outputs = slices.DeleteFunc(outputs, func(o NodeOutput) bool { return o.Output == nil })
+	if len(outputs) == 0 {
+		return nil
 	}
-	return kept
+	return outputs
 }

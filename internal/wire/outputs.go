@@ -16,7 +16,7 @@ type File struct {
 	Filename, Subfolder, Type string
 }
 
-// maxValues bounds the values of one node that are told apart.
+// maxValues bounds the values of one node that are told apart. A list that would go beyond stays whole.
 const maxValues = 1 << 16
 
 // Outputs splits what a node has put under ui into its values, in the order of the JSON. Under each key stands a list as a rule, and
@@ -33,11 +33,7 @@ func Outputs(node json.RawMessage) ([]OutputValue, error) {
 	var keys []outputKey
 	var values []OutputValue
 	if s.object() {
-		for s.next() {
-			if len(keys) == maxNodes {
-				s.fail()
-				break
-			}
+		for s.next() && s.take() {
 			key := outputKey{key: d.names.str(s.key), from: len(values)}
 			values = d.outputValues(values, key.key)
 			key.to = len(values)
@@ -48,7 +44,7 @@ func Outputs(node json.RawMessage) ([]OutputValue, error) {
 	if s.bad {
 		return nil, s.err("output")
 	}
-	return lastOutputs(values, keys), nil
+	return d.lastOutputs(values, keys), nil
 }
 
 // outputKey is a key and where its values are.
@@ -58,9 +54,9 @@ type outputKey struct {
 }
 
 // lastOutputs leaves out the values of a key that came again.
-func lastOutputs(values []OutputValue, keys []outputKey) []OutputValue {
+func (d *Decoder) lastOutputs(values []OutputValue, keys []outputKey) []OutputValue {
 	n := len(keys)
-	keys = lastWins(keys, func(k *outputKey) string { return k.key })
+	keys = lastWins(keys, d.emptied(), func(k *outputKey) string { return k.key })
 	if len(keys) == n {
 		return values
 	}

@@ -38,11 +38,9 @@ func Queue(body []byte, withGraphs bool) (running, pending []QueueItem, err erro
 	for s.object(); s.next(); {
 		switch string(s.key) {
 		case "queue_running":
-			hasRunning = true
-			running = d.queueItems(withGraphs)
+			running, hasRunning = d.queueItems(withGraphs)
 		case "queue_pending":
-			hasPending = true
-			pending = d.queueItems(withGraphs)
+			pending, hasPending = d.queueItems(withGraphs)
 		default:
 			s.skip()
 		}
@@ -60,25 +58,29 @@ func Queue(body []byte, withGraphs bool) (running, pending []QueueItem, err erro
 	return running, pending, nil
 }
 
-func (d *Decoder) queueItems(withGraphs bool) (items []QueueItem) {
+// queueItems is not ok for what is no list of items.
+func (d *Decoder) queueItems(withGraphs bool) (items []QueueItem, ok bool) {
 	s := &d.s
-	if s.at() != '[' {
-		s.fail()
+	if !s.list() {
+		return nil, false
 	}
-	for s.list(); s.elem(); {
-		items = append(items, d.queueItem(withGraphs))
+	ok = true
+	for s.elem() && s.take() {
+		item, isItem := d.queueItem(withGraphs)
+		items = append(items, item)
+		ok = ok && isItem
 	}
-	return items
+	return items, ok
 }
 
 // queueItem reads [number, prompt id, graph, extra_data, output nodes, …]; history entries hold the same list.
-func (d *Decoder) queueItem(withGraphs bool) (item QueueItem) {
+func (d *Decoder) queueItem(withGraphs bool) (item QueueItem, ok bool) {
 	s := &d.s
-	if s.at() != '[' {
-		s.fail()
+	if !s.list() {
+		return item, false
 	}
 	n := 0
-	for s.list(); s.elem(); n++ {
+	for ; s.elem(); n++ {
 		switch {
 		case n == 0:
 			item.Number = s.number()
@@ -94,10 +96,7 @@ func (d *Decoder) queueItem(withGraphs bool) (item QueueItem) {
 			s.skip()
 		}
 	}
-	if n < 5 {
-		s.fail()
-	}
-	return item
+	return item, n >= 5
 }
 
 func (d *Decoder) extraData(item *QueueItem, keep bool) json.RawMessage {
@@ -133,7 +132,7 @@ func (d *Decoder) marker() (m Marker) {
 		case "job_id":
 			m.JobID = string(s.text())
 		case "attempt":
-			m.Attempt = int(s.integer())
+			m.Attempt = s.int()
 		case "nonce":
 			m.Nonce = string(s.text())
 		default:

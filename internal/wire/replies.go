@@ -43,7 +43,7 @@ func DecodeJob(body []byte) (Job, error) {
 		case "execution_end_time":
 			j.EndTime = s.integer()
 		case "outputs_count":
-			j.OutputsCount = int(s.integer())
+			j.OutputsCount = s.int()
 		case "workflow_id":
 			j.WorkflowID = d.id()
 		case "outputs":
@@ -134,8 +134,9 @@ func DecodePromptReply(body []byte) (PromptReply, error) {
 	for s.object(); s.next(); {
 		switch string(s.key) {
 		case "prompt_id":
-			hasID = s.at() != 'n' // "" is an id to old servers
-			r.PromptID = d.id()
+			id := s.text()
+			hasID = id != nil // "" is an id to old servers
+			r.PromptID = d.names.str(id)
 		case "number":
 			r.Number = s.number()
 		case "node_errors":
@@ -206,13 +207,9 @@ func (d *Decoder) nodeErrors() (nodes map[string]NodeErrors) {
 	if !s.object() {
 		return nil
 	}
-	for s.next() {
+	for s.next() && s.take() {
 		if nodes == nil {
 			nodes = make(map[string]NodeErrors)
-		}
-		if len(nodes) == maxNodes {
-			s.fail()
-			break
 		}
 		node := d.names.str(s.key)
 		nodes[node] = d.errorsOfNode()
@@ -234,7 +231,7 @@ func (d *Decoder) errorsOfNode() (n NodeErrors) {
 		case "errors":
 			n.Errors = nil
 			if s.list() {
-				for s.elem() {
+				for s.elem() && s.take() {
 					n.Errors = append(n.Errors, d.nodeError())
 				}
 			}
@@ -336,6 +333,7 @@ func DecodeSystemStats(body []byte) (SystemStats, error) {
 
 func (d *Decoder) system(stats *SystemStats) {
 	s := &d.s
+	*stats = SystemStats{Devices: stats.Devices}
 	if !s.object() {
 		return
 	}
@@ -366,11 +364,7 @@ func (d *Decoder) devices() (devices []Device) {
 	if !s.list() {
 		return nil
 	}
-	for s.elem() {
-		if len(devices) == maxNodes {
-			s.fail()
-			break
-		}
+	for s.elem() && s.take() {
 		devices = append(devices, d.device())
 	}
 	return devices
@@ -388,7 +382,7 @@ func (d *Decoder) device() (v Device) {
 		case "type":
 			v.Type = d.id()
 		case "index":
-			v.Index = int(s.integer())
+			v.Index = s.int()
 		case "vram_total":
 			v.VRAMTotal = s.integer()
 		case "vram_free":

@@ -63,6 +63,7 @@ type scanner struct {
 	key   []byte // of the value at hand; valid until the next call
 	buf   []byte // unescaped text; valid until the next call
 	depth int    // containers entered by object and list
+	taken int    // values that the result holds; see take
 	fresh bool   // the container at hand has given nothing yet
 	bare  bool   // a NaN or Infinity was passed
 	bad   bool
@@ -220,41 +221,46 @@ func (s *scanner) text() []byte {
 
 // number reads a number as a finite one: NaN as 0, the infinities and numbers too large as ±math.MaxFloat64. No number is 0.
 func (s *scanner) number() float64 {
-	switch c := s.at(); {
-	case c == '-' || '0' <= c && c <= '9':
-		start := s.i
-		s.skip()
-		if s.bad {
-			return 0
-		}
-		return parseFloat(s.b[start:s.i])
-	case c == 'I':
-		s.skip()
-		return math.MaxFloat64
+	switch token := s.numberToken(); {
+	case len(token) == 0 || token[0] == 'N':
+		return 0
+	default:
+		return parseFloat(token)
 	}
-	s.skip()
-	return 0
 }
 
 // integer reads a number, its fraction cut off, and what does not fit as the nearest that does. No number is 0.
 func (s *scanner) integer() int64 {
-	b, i := s.b, s.i
-	var n int64
-	for ; i < len(b) && b[i]-'0' <= 9 && i-s.i < 18; i++ {
-		n = n*10 + int64(b[i]-'0')
-	}
-	if i > s.i && i < len(b) && (b[i] == ',' || b[i] == '}' || b[i] == ']') && (b[s.i] != '0' || i == s.i+1) {
-		s.i = i
+	token := s.numberToken()
+	if n, err := strconv.ParseInt(string(token), 10, 64); err == nil {
 		return n
 	}
-	f := s.number()
-	switch {
+	if len(token) == 0 || token[0] == 'N' {
+		return 0
+	}
+	switch f := parseFloat(token); {
 	case f >= math.MaxInt64:
 		return math.MaxInt64
 	case f <= math.MinInt64:
 		return math.MinInt64
+	default:
+		return int64(f)
 	}
-	return int64(f)
+}
+
+func (s *scanner) int() int {
+	return int(min(max(s.integer(), math.MinInt), math.MaxInt))
+}
+
+// numberToken reads a number, NaN and the infinities among them, as it stands there; nil: the value is none.
+func (s *scanner) numberToken() []byte {
+	start := s.i
+	c := s.at()
+	s.skip()
+	if s.bad || !(c == '-' || '0' <= c && c <= '9' || c == 'N' || c == 'I') {
+		return nil
+	}
+	return s.b[start:s.i]
 }
 
 func (s *scanner) boolean() bool {
@@ -282,6 +288,18 @@ func (s *scanner) copyFrom(start int) []byte {
 		return Sanitize(s.b[start:s.i])
 	}
 	return bytes.Clone(s.b[start:s.i])
+}
+
+// maxTaken bounds the values of one document. A history of 10,000 entries, the server's limit, has 50 for each.
+const maxTaken = 1 << 19
+
+// take counts a value that costs the result much more memory than the few bytes it may stand in, and fails when there are too many.
+func (s *scanner) take() bool {
+	if s.taken++; s.taken > maxTaken {
+		s.fail()
+		return false
+	}
+	return true
 }
 
 // since is what was passed since start, in the memory of the document.
@@ -616,8 +634,8 @@ func escaped(c byte) byte {
 
 var powersOfTen = [...]float64{1, 1e1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7, 1e8, 1e9, 1e10, 1e11, 1e12, 1e13, 1e14, 1e15}
 
-// parseFloat reads a token of the JSON grammar. Up to 15 digits without an exponent are a division of two exact numbers,
-// hence rounded as strconv rounds.
+// parseFloat reads a number of the JSON grammar, or Infinity, as a finite one. Up to 15 digits without an exponent are a division of
+// two exact numbers, hence rounded as strconv rounds.
 func parseFloat(token []byte) float64 {
 	var mantissa int64
 	digits, point := 0, -1
@@ -645,8 +663,8 @@ func parseFloat(token []byte) float64 {
 }
 
 func parseFloatSlowly(token []byte) float64 {
-	f, err := strconv.ParseFloat(string(token), 64)
-	if err != nil { // out of range: the grammar was checked
+	f, _ := strconv.ParseFloat(string(token), 64) // out of range is infinite; no other error is left
+	if math.IsInf(f, 0) {
 		return math.Copysign(math.MaxFloat64, f)
 	}
 	return f

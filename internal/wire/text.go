@@ -4,7 +4,7 @@
 // All decoders share one reading of JSON. The whole document is checked against the grammar, and beyond it NaN, Infinity and
 // -Infinity are taken, which Python writes. Nesting is bounded. Of equal keys the last wins. A value of a type that was not
 // expected is taken as absent, because custom nodes send what they like; ids may be numbers. Text that is no UTF-8 gets U+FFFD.
-// What follows is as large as a constant times the input at most, and the input is for the caller to bound.
+// What is decoded is a small multiple of the input at most, and the number of its parts is bounded; the input is for the caller to bound.
 package wire
 
 import (
@@ -121,9 +121,6 @@ type Failure struct {
 	Executed                                 []string
 }
 
-// maxNodes bounds the nodes of one progress_state, and the entries of the other objects that have a cost for each key.
-const maxNodes = 1 << 16
-
 // Decoder decodes the frames of one stream. It keeps the ids and names that come again and again, a bounded number of them. It
 // is not safe for concurrent use.
 type Decoder struct {
@@ -133,6 +130,7 @@ type Decoder struct {
 	peeked   []byte
 	nodes    []NodeState
 	texts    []string
+	places   map[string]int
 }
 
 func NewDecoder() *Decoder { return &Decoder{} }
@@ -193,7 +191,7 @@ func (d *Decoder) Text(frame []byte) (Message, error) {
 	}
 	// As a rule type comes first and data once: then data is decoded as it is met. Otherwise it is passed, and decoded when
 	// its type is known.
-	dataAt, typed := -1, false
+	dataAt, typed, decoded := -1, false, false
 	var decodedAs Type
 	for s.object(); s.next(); {
 		switch string(s.key) {
@@ -201,21 +199,19 @@ func (d *Decoder) Text(frame []byte) (Message, error) {
 			d.name(&m)
 			typed = true
 		case "data":
-			again := dataAt >= 0
-			dataAt = s.i
-			if typed && !again {
+			decoded = typed && dataAt < 0
+			dataAt, decodedAs = s.i, m.Type
+			if decoded {
 				d.data(&m)
-				decodedAs = m.Type
 			} else {
 				s.skip()
-				typed = false
 			}
 		default:
 			s.skip()
 		}
 	}
 	s.end()
-	if dataAt >= 0 && !s.bad && (!typed || decodedAs != m.Type) {
+	if dataAt >= 0 && !s.bad && (!decoded || decodedAs != m.Type) {
 		m = Message{Type: m.Type, Name: m.Name, Remaining: -1}
 		s.i, s.depth = dataAt, 1
 		d.data(&m)
@@ -389,7 +385,7 @@ func (d *Decoder) queueRemaining() int {
 			case string(s.key) != "queue_remaining":
 				s.skip()
 			case '0' <= c && c <= '9':
-				remaining = int(s.integer())
+				remaining = s.int()
 			default:
 				remaining = -1
 				s.skip()
@@ -452,11 +448,8 @@ func (d *Decoder) list(keep func([]byte) string) []string {
 	}
 	d.texts = d.texts[:0]
 	for s.elem() {
-		switch s.at() {
-		case 'n', '{', '[', 'N', 'I':
-			s.skip()
-		default:
-			d.texts = append(d.texts, keep(s.text()))
+		if b := s.text(); b != nil {
+			d.texts = append(d.texts, keep(b))
 		}
 	}
 	list := slices.Clone(d.texts)
@@ -481,15 +474,11 @@ func (d *Decoder) progressState(m *Message) {
 		return
 	}
 	d.nodes = d.nodes[:0]
-	for s.next() {
-		if len(d.nodes) == maxNodes {
-			s.fail()
-			break
-		}
+	for s.next() && s.take() {
 		d.nodes = append(d.nodes, NodeState{ID: d.names.str(s.key)})
 		d.nodeState(&d.nodes[len(d.nodes)-1])
 	}
-	if n := lastWins(d.nodes, func(n *NodeState) string { return n.ID }); len(n) > 0 && !s.bad {
+	if n := lastWins(d.nodes, d.emptied(), func(n *NodeState) string { return n.ID }); len(n) > 0 && !s.bad {
 		m.Nodes = slices.Clone(n)
 	}
 	clear(d.nodes)
@@ -543,38 +532,31 @@ func (d *Decoder) state() string {
 	return d.names.str(b)
 }
 
-// lastWins gives each key its last value, at the place of its first, in the memory of list.
-func lastWins[T any](list []T, key func(*T) string) []T {
+// emptied returns the scratch map of d, empty.
+func (d *Decoder) emptied() map[string]int {
+	if d.places == nil || len(d.places) > maxInterned {
+		d.places = make(map[string]int)
+	}
+	clear(d.places)
+	return d.places
+}
+
+// lastWins gives each key its last value, at the place of its first, in the memory of list. places is empty.
+func lastWins[T any](list []T, places map[string]int, key func(*T) string) []T {
 	if len(list) < 2 {
 		return list
 	}
-	if len(list) <= 16 {
-		return lastWinsBy(list, func(kept []T, v *T) int {
-			k := key(v)
-			for i := range kept {
-				if key(&kept[i]) == k {
-					return i
-				}
-			}
-			return -1
-		})
-	}
-	places := make(map[string]int, len(list))
-	return lastWinsBy(list, func(kept []T, v *T) int {
-		if i, ok := places[key(v)]; ok {
-			return i
-		}
-		places[key(v)] = len(kept)
-		return -1
-	})
-}
-
-func lastWinsBy[T any](list []T, find func(kept []T, v *T) int) []T {
 	kept := list[:0]
 	for i := range list {
-		if at := find(kept, &list[i]); at >= 0 {
+		k := key(&list[i])
+		switch at, again := places[k]; {
+		case again:
 			kept[at] = list[i]
-		} else {
+		case len(kept) == i:
+			places[k] = i
+			kept = list[:i+1]
+		default:
+			places[k] = len(kept)
 			kept = append(kept, list[i])
 		}
 	}
