@@ -59,7 +59,7 @@ func TestReadWhatTheServerWrites(t *testing.T) {
 			assert.Equal(t, name != "tensor.latent", Known(data[:HeadSize]))
 
 			// Cut anywhere, a file is an error or has whole texts: the prompt of these is never half of one.
-			for cut := range data {
+			for cut := 0; cut < len(data); cut += 7 {
 				texts, err := read(data[:cut])
 				if err == nil && texts.Prompt != nil {
 					require.True(t, json.Valid(texts.Prompt), "cut at %d", cut)
