@@ -198,7 +198,7 @@ func TestReducerTakesRepeats(t *testing.T) {
 	})
 }
 
-func kindsOf(evs []Event) []EventKind {
+func newsOf(evs []Event) []EventKind {
 	kinds := make([]EventKind, 0, len(evs))
 	for _, ev := range evs {
 		kinds = append(kinds, ev.Kind)
@@ -236,7 +236,7 @@ func TestReducerFollowsARun(t *testing.T) {
 		if step.kinds == nil {
 			step.kinds = []EventKind{}
 		}
-		require.Equal(t, step.kinds, kindsOf(evs), step.name)
+		require.Equal(t, step.kinds, newsOf(evs), step.name)
 		require.InDelta(t, step.fraction, s.rec.Progress.Fraction, 1e-9, step.name)
 		require.Equal(t, step.node, s.rec.Progress.Node, step.name)
 	}
@@ -292,7 +292,7 @@ func TestReducerKeepsTheStreamsOutputsForALostHistory(t *testing.T) {
 	s.apply(frameOf(wire.ExecutionSuccess, nil), reducerStart, nil)
 	require.False(t, s.rec.Progress.Status.Terminal(), "the history has the first word")
 	evs := s.apply(obsSettled{}, reducerStart, nil)
-	require.Equal(t, []EventKind{EventSucceeded}, kindsOf(evs))
+	require.Equal(t, []EventKind{EventSucceeded}, newsOf(evs))
 	require.Len(t, s.rec.Outputs, 1)
 	assert.Equal(t, "s/a.png", fmt.Sprintf("%s/%s", s.rec.Outputs[0].File.Subfolder, s.rec.Outputs[0].File.Filename))
 }
