@@ -51,6 +51,7 @@ func TestDecodeRefusal(t *testing.T) {
 		`{"error": "Invalid job IDs", "invalid_ids": ["x"]}`:              {Message: "Invalid job IDs"},
 		`{"node_errors": {"1": {"class_type": "C"}}, "error": {}}`:        {Nodes: map[string]NodeErrors{"1": {Class: "C"}}},
 		`{"error": {"type": "a", "details": "b"}, "error": {"type":"c"}}`: {Type: "c"},
+		`{"error": {"type": "a"}, "error": "x"}`:                          {Message: "x"},
 		`{"error": null, "error": "last"}`:                                {Message: "last"},
 	} {
 		got, ok := DecodeRefusal([]byte(body))
