@@ -1,13 +1,27 @@
 package comfyui
 
 import (
+	"cmp"
 	"encoding/json"
+	"strings"
 )
 
 type FileRef struct {
 	Filename  string `json:"filename"`
 	Subfolder string `json:"subfolder"`
 	Type      string `json:"type"`
+}
+
+// String returns what LoadImage and its kin take: "sub/name.png" for an input, "sub/name.png [output]" or "… [temp]" for others.
+func (f FileRef) String() string {
+	name := f.Filename
+	if f.Subfolder != "" {
+		name = f.Subfolder + "/" + name
+	}
+	if (f.Type == "" || f.Type == "input") && !strings.HasSuffix(name, "]") { // "x [output]" can be the name of an input
+		return name
+	}
+	return name + " [" + cmp.Or(f.Type, "input") + "]"
 }
 
 type Output struct {

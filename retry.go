@@ -222,6 +222,14 @@ func (s *retrySchedule) NextBackOff() time.Duration {
 	return wait
 }
 
+// attempts is how often a job is tried for a category.
+func (r *retrier) attempts(c Category) int {
+	if p, ok := r.policies[c]; ok {
+		return max(1, p.MaxAttempts)
+	}
+	return DefaultRetryPolicy(c).MaxAttempts
+}
+
 // policy is that of the error's category. A record of a newer schema is of category storage and the same the next time.
 func (r *retrier) policy(err error) RetryPolicy {
 	if errors.Is(err, ErrSchema) {

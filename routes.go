@@ -1797,3 +1797,15 @@ func (e *endpoint) view(ctx context.Context, query url.Values, header http.Heade
 		},
 	})
 }
+
+// ignoresPromptIDs tells whether the pod names prompts itself, whatever the POST says: before 0.3.45. Where the pod tells no version
+// it is taken for a new one.
+func (e *endpoint) ignoresPromptIDs(ctx context.Context) bool {
+	version, err := e.version(ctx)
+	return err == nil && version != "" && !atLeast(version, 0, 3, 45)
+}
+
+// newestHistory reads the newest n entries, oldest first, one try.
+func (e *endpoint) newestHistory(ctx context.Context, n int) ([]wire.HistoryEntry, error) {
+	return e.historyEntries(ctx, "/history", url.Values{"max_items": {strconv.Itoa(n)}}, false)
+}
