@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"math/bits"
+	"slices"
 	"strconv"
 	"unicode/utf16"
 	"unicode/utf8"
@@ -63,7 +64,7 @@ type scanner struct {
 	key   []byte // of the value at hand; valid until the next call
 	buf   []byte // unescaped text; valid until the next call
 	depth int    // containers entered by object and list
-	taken int    // values that the result holds; see take
+	parts int    // passed to take
 	fresh bool   // the container at hand has given nothing yet
 	bare  bool   // a NaN or Infinity was passed
 	bad   bool
@@ -194,7 +195,7 @@ func (s *scanner) str() []byte {
 	if plain || (bytes.IndexByte(token, '\\') < 0 && utf8.Valid(token)) {
 		return token
 	}
-	s.buf = unescape(s.buf[:0], token)
+	s.buf = unescape(slices.Grow(s.buf[:0], len(token)), token)
 	return s.buf
 }
 
@@ -290,12 +291,17 @@ func (s *scanner) copyFrom(start int) []byte {
 	return bytes.Clone(s.b[start:s.i])
 }
 
-// maxTaken bounds the values of one document. A history of 10,000 entries, the server's limit, has 50 for each.
-const maxTaken = 1 << 19
+// The parts of one document that cost a decoder much more than the few bytes that they may stand in are counted: a part takes 16 bytes
+// or more on average, in what servers send, once there are many. A history of 10,000 entries, the server's limit, may have 26 for each.
+const (
+	fewParts     = 1 << 12
+	bytesPerPart = 16
+	maxParts     = 1 << 18
+)
 
-// take counts a value that costs the result much more memory than the few bytes it may stand in, and fails when there are too many.
+// take counts a part, and fails when there are too many.
 func (s *scanner) take() bool {
-	if s.taken++; s.taken > maxTaken {
+	if s.parts++; s.parts > min(fewParts+len(s.b)/bytesPerPart, maxParts) {
 		s.fail()
 		return false
 	}
