@@ -1,0 +1,471 @@
+package comfyuitest
+
+import (
+	"cmp"
+	"net/http"
+	"slices"
+	"strings"
+)
+
+// The states of /api/jobs.
+const (
+	jobPending    = "pending"
+	jobInProgress = "in_progress"
+	jobCompleted  = "completed"
+	jobFailed     = "failed"
+	jobCancelled  = "cancelled"
+)
+
+// jobStates lists the states that a version knows: cancelled came in 0.8.1, before it was failed.
+func (v version) jobStates() []string {
+	states := []string{jobPending, jobInProgress, jobCompleted, jobFailed}
+	if v.atLeast(0, 8, 1) {
+		states = append(states, jobCancelled)
+	}
+	return states
+}
+
+func addJobRoutes(t *routeTable, v version) {
+	if v.atLeast(0, 6, 0) {
+		t.add(onlyAPI, "GET", "/jobs", (*process).getJobs)
+		t.add(onlyAPI, "GET", "/jobs/{id}", (*process).getJob)
+	}
+	if v.atLeast(0, 26, 0) {
+		t.add(onlyAPI, "POST", "/jobs/{id}/cancel", (*process).postCancel)
+		t.add(onlyAPI, "POST", "/jobs/cancel", (*process).postCancelBatch)
+	}
+}
+
+// jobQuery is the query of GET /api/jobs.
+type jobQuery struct {
+	states     []string
+	workflowID string
+	byDuration bool
+	ascending  bool
+	limit      any // nil: none
+	offset     int
+}
+
+func badQuery(text string) *answer {
+	return jsonError(http.StatusBadRequest, object{{"error", text}})
+}
+
+func (p *process) jobQuery(r *request) (jobQuery, *answer) {
+	known := p.version.jobStates()
+	q := jobQuery{states: known}
+	if text, _ := r.param("status"); text != "" {
+		q.states = nil
+		var unknown []string
+		for state := range strings.SplitSeq(text, ",") {
+			if state = strings.ToLower(strings.TrimSpace(state)); state == "" {
+				continue
+			}
+			q.states = append(q.states, state)
+			if !slices.Contains(known, state) {
+				unknown = append(unknown, state)
+			}
+		}
+		if unknown != nil {
+			return q, badQuery("Invalid status value(s): " + strings.Join(unknown, ", ") + ". Valid values: " + strings.Join(known, ", "))
+		}
+	}
+	q.workflowID, _ = r.param("workflow_id")
+	switch sort, given := r.param("sort_by"); {
+	case !given, strings.EqualFold(sort, "created_at"):
+	case strings.EqualFold(sort, "execution_duration"):
+		q.byDuration = true
+	default:
+		return q, badQuery("sort_by must be 'created_at' or 'execution_duration'")
+	}
+	switch order, given := r.param("sort_order"); {
+	case !given, strings.EqualFold(order, "desc"):
+	case strings.EqualFold(order, "asc"):
+		q.ascending = true
+	default:
+		return q, badQuery("sort_order must be 'asc' or 'desc'")
+	}
+	if text, given := r.param("limit"); given {
+		n, err := parseInt(text)
+		limit, small := n.(int64)
+		if err != nil || !small {
+			return q, badQuery("limit must be an integer")
+		}
+		if limit <= 0 {
+			return q, badQuery("limit must be a positive integer")
+		}
+		q.limit = limit
+	}
+	if text, given := r.param("offset"); given {
+		n, err := parseInt(text)
+		offset, small := n.(int64)
+		if err != nil || !small {
+			return q, badQuery("offset must be an integer")
+		}
+		q.offset = int(max(offset, 0))
+	}
+	return q, nil
+}
+
+func (p *process) getJobs(r *request) *answer {
+	q, refused := p.jobQuery(r)
+	if refused != nil {
+		return refused
+	}
+	jobs := p.jobs(q)
+	if q.workflowID != "" {
+		jobs = slices.DeleteFunc(jobs, func(job object) bool {
+			id, _ := job.get("workflow_id")
+			return id != q.workflowID
+		})
+	}
+	sortJobs(jobs, q)
+	total := len(jobs)
+	jobs = jobs[min(q.offset, total):]
+	if limit, limited := q.limit.(int64); limited {
+		jobs = jobs[:min(int(limit), len(jobs))]
+	}
+	return jsonAnswer(object{
+		{"jobs", append([]object{}, jobs...)},
+		{"pagination", object{
+			{"offset", q.offset}, {"limit", q.limit}, {"total", total}, {"has_more", q.offset+len(jobs) < total},
+		}},
+	})
+}
+
+// jobs lists what the query's states ask for: running, pending, then the history.
+func (p *process) jobs(q jobQuery) []object {
+	running, pending := p.queue.snapshot()
+	var jobs []object
+	if slices.Contains(q.states, jobInProgress) {
+		for _, it := range running {
+			jobs = append(jobs, p.queuedJob(it, jobInProgress))
+		}
+	}
+	if slices.Contains(q.states, jobPending) {
+		for _, it := range pending {
+			jobs = append(jobs, p.queuedJob(it, jobPending))
+		}
+	}
+	for _, entry := range p.queue.historyEntries() {
+		if slices.Contains(q.states, p.version.endState(entry)) {
+			jobs = append(jobs, p.endedJob(entry))
+		}
+	}
+	return jobs
+}
+
+// sortJobs keeps the order of equal ones, in both directions, as Python's sorted does.
+func sortJobs(jobs []object, q jobQuery) {
+	key := func(job object) float64 {
+		if !q.byDuration {
+			created, _ := job.get("create_time")
+			n, _ := asNumber(created)
+			return n
+		}
+		start, _ := job.get("execution_start_time")
+		end, _ := job.get("execution_end_time")
+		from, hasFrom := asNumber(start)
+		to, hasTo := asNumber(end)
+		if !hasFrom || !hasTo {
+			return 0
+		}
+		return to - from
+	}
+	slices.SortStableFunc(jobs, func(a, b object) int {
+		if q.ascending {
+			return cmp.Compare(key(a), key(b))
+		}
+		return cmp.Compare(key(b), key(a))
+	})
+}
+
+// pruned is an object without its nulls.
+func pruned(o object) object {
+	return slices.DeleteFunc(o, func(f field) bool { return f.value == nil })
+}
+
+func (p *process) queuedJob(it *item, state string) object {
+	created, workflow := jobMetadata(it.extra)
+	job := object{{"id", it.id}, {"status", state}, {"priority", it.number}, {"create_time", created}, {"outputs_count", 0}}
+	if p.version.countsPreviewable() {
+		job = append(job, field{"previewable_outputs_count", 0})
+	}
+	return pruned(append(job, field{"workflow_id", workflow}))
+}
+
+// jobMetadata is create_time, and the id of the editor's graph.
+func jobMetadata(extra any) (created, workflow any) {
+	o, _ := extra.(object)
+	created, _ = o.get("create_time")
+	info, _ := o.get("extra_pnginfo")
+	pngInfo, _ := info.(object)
+	graph, _ := pngInfo.get("workflow")
+	fields, _ := graph.(object)
+	workflow, _ = fields.get("id")
+	return created, workflow
+}
+
+// endState is how an entry of the history ended. A run that ended in an error before any node failed counts as completed.
+func (v version) endState(entry *historyEntry) string {
+	if entry.status == "success" {
+		return jobCompleted
+	}
+	if v.atLeast(0, 8, 1) && slices.ContainsFunc(entry.messages, func(m message) bool { return m.event == "execution_interrupted" }) {
+		return jobCancelled
+	}
+	return jobFailed
+}
+
+func (p *process) endedJob(entry *historyEntry) object {
+	var start, end, failure any
+	for _, m := range entry.messages {
+		at, _ := m.data.get("timestamp")
+		switch m.event {
+		case "execution_start":
+			start = at
+		case "execution_success", "execution_interrupted":
+			end = at
+		case "execution_error":
+			end, failure = at, m.data
+		}
+	}
+	created, workflow := jobMetadata(entry.extra)
+	summary := p.version.summarize(entry.outputs)
+	job := object{
+		{"id", entry.item.id}, {"status", p.version.endState(entry)}, {"priority", entry.item.number}, {"create_time", created},
+		{"execution_start_time", start}, {"execution_end_time", end}, {"execution_error", failure}, {"outputs_count", summary.count},
+	}
+	if p.version.countsPreviewable() {
+		job = append(job, field{"previewable_outputs_count", summary.previewable})
+	}
+	return pruned(append(job, field{"preview_output", summary.preview}, field{"workflow_id", workflow}))
+}
+
+func (p *process) getJob(r *request) *answer {
+	id := r.vars["id"]
+	if entry, ended := p.queue.historyOf(id); ended {
+		return jsonAnswer(append(p.endedJob(entry),
+			field{"outputs", normalizedOutputs(entry.outputs)},
+			field{"execution_status", entry.statusJSON()},
+			field{"workflow", object{{"prompt", entry.item.prompt}, {"extra_data", entry.extra}}}))
+	}
+	running, pending := p.queue.snapshot()
+	for _, it := range running {
+		if it.id == id {
+			return jsonAnswer(p.queuedJob(it, jobInProgress))
+		}
+	}
+	for _, it := range pending {
+		if it.id == id {
+			return jsonAnswer(p.queuedJob(it, jobPending))
+		}
+	}
+	return jsonError(http.StatusNotFound, object{{"error", "Job not found"}})
+}
+
+func (p *process) postCancel(r *request) *answer {
+	cancelled, err := p.cancelJob(r.vars["id"])
+	if err != nil {
+		return troubleAnswer()
+	}
+	return jsonAnswer(object{{"cancelled", cancelled}})
+}
+
+// cancelJob interrupts a running job or takes a pending one out of the queue; ended and unknown ones are left alone.
+func (p *process) cancelJob(id string) (bool, error) {
+	if p.queue.ifRunning(id, p.executor.raiseInterrupt) {
+		return true, nil
+	}
+	removed, err := p.queue.remove(id)
+	if removed || err != nil {
+		return removed, err
+	}
+	return p.queue.ifRunning(id, p.executor.raiseInterrupt), nil
+}
+
+func (p *process) postCancelBatch(r *request) *answer {
+	v, ok := r.jsonBody()
+	if !ok {
+		return badQuery("Request body must be valid JSON")
+	}
+	body, _ := v.(object)
+	given, _ := body.get("job_ids")
+	ids, isList := given.([]any)
+	if !isList {
+		return badQuery("job_ids must be a list")
+	}
+	var invalid []string
+	for _, id := range ids {
+		text, isText := id.(string)
+		switch {
+		case !isText:
+			invalid = append(invalid, pyRepr(id))
+		case !isCanonicalUUID(text):
+			invalid = append(invalid, text)
+		}
+	}
+	if invalid != nil {
+		return jsonError(http.StatusBadRequest, object{{"error", "job_ids contains invalid id(s)"}, {"invalid_ids", invalid}})
+	}
+	cancelled := false
+	for _, id := range ids {
+		done, err := p.cancelJob(id.(string)) //nolint:errcheck // checked above
+		if err != nil {
+			return troubleAnswer()
+		}
+		cancelled = cancelled || done
+	}
+	return jsonAnswer(object{{"cancelled", cancelled}})
+}
+
+// jobSummary is what a listing says of a job's outputs.
+type jobSummary struct {
+	count, previewable int
+	preview            any // nil: none
+}
+
+// countsPreviewable: previewable_outputs_count is listed.
+func (v version) countsPreviewable() bool { return v.atLeast(0, 33, 0) }
+
+// summarize counts the outputs and chooses the one to show: a saved one, else any that can be shown. Texts count only in
+// older versions.
+func (v version) summarize(outputs object) jobSummary {
+	var s jobSummary
+	var saved, shown, textFile, text any
+	for _, node := range outputs {
+		lists, _ := node.value.(object)
+		for _, list := range lists {
+			items, isList := list.value.([]any)
+			if list.key == "animated" || !isList {
+				continue
+			}
+			for _, value := range items {
+				item, isEntry := outputEntry(value)
+				if !isEntry {
+					if list.key != "text" {
+						continue
+					}
+					if !v.countsPreviewable() {
+						s.count++
+					}
+					if saved == nil && text == nil {
+						text = append(textPreview(pyStr(value)), field{"nodeId", node.key}, field{"mediaType", "text"})
+						if !v.countsPreviewable() && shown == nil {
+							shown = text
+						}
+					}
+					continue
+				}
+				s.count++
+				if !v.isPreviewable(list.key, item) {
+					continue
+				}
+				s.previewable++
+				enriched := slices.Clone(item).set("nodeId", node.key)
+				if _, has := item.get("mediaType"); !has {
+					enriched = enriched.set("mediaType", list.key)
+				}
+				kind, _ := item.get("type")
+				switch {
+				case v.countsPreviewable() && isTextOutput(list.key, item):
+					textFile = firstOf(textFile, enriched)
+				case kind == kindOutput:
+					saved = firstOf(saved, enriched)
+				default:
+					shown = firstOf(shown, enriched)
+				}
+			}
+		}
+	}
+	for _, choice := range []any{saved, shown, textFile, text} {
+		if choice != nil {
+			s.preview = choice
+			break
+		}
+	}
+	return s
+}
+
+func firstOf(present any, next object) any {
+	if present != nil {
+		return present
+	}
+	return next
+}
+
+// outputEntry is an item of an output list as a file's entry; the name of a 3D file counts as one.
+func outputEntry(v any) (object, bool) {
+	switch v := v.(type) {
+	case object:
+		return v, true
+	case string:
+		if hasExtension(v, ".obj", ".fbx", ".gltf", ".glb", ".usdz") {
+			return object{{"filename", v}, {"type", "output"}, {"subfolder", ""}, {"mediaType", "3d"}}, true
+		}
+	}
+	return nil, false
+}
+
+func hasExtension(name string, extensions ...string) bool {
+	lower := strings.ToLower(name)
+	return slices.ContainsFunc(extensions, func(ext string) bool { return strings.HasSuffix(lower, ext) })
+}
+
+const maxTextPreview = 1024
+
+func textPreview(text string) object {
+	runes := []rune(text)
+	if len(runes) <= maxTextPreview {
+		return object{{"content", text}}
+	}
+	return object{{"content", string(runes[:maxTextPreview])}, {"truncated", true}}
+}
+
+func (v version) isPreviewable(key string, item object) bool {
+	switch key {
+	case "images", "video", "audio", "3d", "text":
+		return true
+	}
+	if format := textOf(item, "format", ""); strings.HasPrefix(format, "video/") || strings.HasPrefix(format, "audio/") {
+		return true
+	}
+	name := textOf(item, "filename", "")
+	return hasExtension(name, ".obj", ".fbx", ".gltf", ".glb", ".usdz") || v.countsPreviewable() && hasExtension(name, ".txt", ".md", ".json")
+}
+
+func isTextOutput(key string, item object) bool {
+	return key == "text" || hasExtension(textOf(item, "filename", ""), ".txt", ".md", ".json")
+}
+
+// normalizedOutputs is what GET /api/jobs/{id} makes of the outputs: nulls go, names of 3D files become entries.
+func normalizedOutputs(outputs object) object {
+	normalized := object{}
+	for _, node := range outputs {
+		lists, isObject := node.value.(object)
+		if !isObject {
+			normalized = append(normalized, node)
+			continue
+		}
+		kept := object{}
+		for _, list := range lists {
+			items, isList := list.value.([]any)
+			if list.key == "animated" || !isList {
+				kept = append(kept, list)
+				continue
+			}
+			var values []any
+			for _, v := range items {
+				if v == nil {
+					continue
+				}
+				if entry, isEntry := outputEntry(v); isEntry {
+					v = entry
+				}
+				values = append(values, v)
+			}
+			kept = append(kept, field{list.key, append([]any{}, values...)})
+		}
+		normalized = append(normalized, field{node.key, kept})
+	}
+	return normalized
+}
