@@ -49,8 +49,12 @@ func (f FileRef) String() string {
 func (f FileRef) query() url.Values {
 	folder, name := path.Split(f.Filename)
 	q := url.Values{"filename": {name}, "type": {cmp.Or(f.Type, "output")}}
-	if folder = path.Join(f.Subfolder, folder); folder != "" {
-		q.Set("subfolder", folder)
+	subfolder := f.Subfolder
+	if folder != "" {
+		subfolder = path.Join(subfolder, folder)
+	}
+	if subfolder != "" {
+		q.Set("subfolder", subfolder)
 	}
 	return q
 }
@@ -456,6 +460,7 @@ func (d *download) take(resp *http.Response) error {
 	same := d.etag != "" && strongEtag(resp) == d.etag
 	switch {
 	case d.at > 0 && same && d.continues(resp):
+		_, d.size, _ = contentRange(resp)
 	case d.at > 0 && same && whole: // Range was ignored, as by a proxy
 		if _, err := io.CopyN(io.Discard, resp.Body, d.at); err != nil {
 			return err
@@ -500,7 +505,7 @@ func (d *download) again() error {
 	if err := d.restart(); err != nil {
 		return d.pod.localError(err)
 	}
-	d.at = 0
+	d.at, d.cutAt = 0, 0
 	return nil
 }
 
@@ -589,6 +594,7 @@ type partFile struct {
 	root *os.Root
 	name string
 	file *os.File
+	link func(from, to string) error // root.Link
 }
 
 func newPartFile(root *os.Root, dir string) (*partFile, error) {
@@ -600,7 +606,7 @@ func newPartFile(root *os.Root, dir string) (*partFile, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &partFile{root, name, file}, nil
+	return &partFile{root, name, file, root.Link}, nil
 }
 
 func (p *partFile) rewind() error {
@@ -637,7 +643,7 @@ func (p *partFile) publish(name string) (string, error) {
 
 // appear gives the file its name at once and whole, unless the name is taken: fs.ErrExist. A hard link is the one way that does both.
 func (p *partFile) appear(name string) error {
-	err := p.root.Link(p.name, name)
+	err := p.link(p.name, name)
 	if err == nil || errors.Is(err, fs.ErrExist) {
 		return err
 	}
