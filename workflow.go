@@ -371,18 +371,18 @@ func (w *Workflow) UnmarshalJSON(data []byte) error {
 // This version cannot convert yet: for a UI-format workflow it returns an Error of CategoryValidation that says how to save it
 // in API format.
 func (c *PodClient) Convert(ctx context.Context, w *Workflow) (*Workflow, error) {
-	fail := func(category Category, err error) (*Workflow, error) {
-		return nil, &Error{Op: "convert", Pod: c.Name(), Category: category, Err: err}
+	const op = "convert"
+	if err := c.usable(op); err != nil {
+		return nil, err
+	}
+	if ctx.Err() != nil {
+		return nil, &Error{Op: op, Pod: c.Name(), Category: CategoryContext, Err: endOf(ctx)}
 	}
 	switch {
-	case c == nil || c.opts == nil:
-		return fail(CategoryClosed, ErrClosed)
-	case ctx.Err() != nil:
-		return fail(CategoryContext, context.Cause(ctx))
 	case w == nil:
-		return fail(CategoryValidation, w.check())
+		return nil, &Error{Op: op, Pod: c.Name(), Category: CategoryValidation, Err: w.check()}
 	case w.isUI():
-		return fail(CategoryValidation, uiFormatError())
+		return nil, &Error{Op: op, Pod: c.Name(), Category: CategoryValidation, Err: uiFormatError()}
 	}
 	return w, nil
 }

@@ -12,7 +12,6 @@ import (
 	"math/big"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -414,13 +413,7 @@ func TestCheck(t *testing.T) {
 // S10: a UI-format graph passed by mistake gives a clear error before any request.
 func TestS10UIFormatIsRefusedBeforeAnyRequest(t *testing.T) {
 	t.Parallel()
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		t.Error("a request:", r.Method, r.URL)
-	}))
-	t.Cleanup(server.Close)
-	o, err := newOptions(server.URL, nil)
-	require.NoError(t, err)
-	c := &PodClient{opts: o}
+	c := serve(t, func(_ http.ResponseWriter, r *http.Request) { t.Error("a request:", r.Method, r.URL) })
 
 	w := parsed(t, `{"nodes":[{"id":1,"type":"SaveImage"}],"links":[],"version":0.4}`)
 	for range w.Nodes() {
