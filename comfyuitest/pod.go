@@ -377,7 +377,7 @@ func (p *Pod) Streams() int {
 	return 0
 }
 
-// WaitIdle waits until nothing is queued or runs. With a dead worker and a prompt in the queue that never comes about: only
+// WaitIdle waits until nothing is queued or runs, and what POST /free asked for is done. With a dead worker and a prompt in the queue that never comes about: only
 // ctx ends it then.
 func (p *Pod) WaitIdle(ctx context.Context) error {
 	for {
@@ -400,7 +400,7 @@ func (p *Pod) idle() bool {
 	if current == nil {
 		return closed
 	}
-	return current.queue.tasksRemaining() == 0 && !current.executor.isBusy()
+	return current.queue.idle() && !current.executor.isBusy()
 }
 
 func (p *Pod) current() *process {

@@ -167,6 +167,13 @@ func (q *queue) tasksRemaining() int {
 	return q.remaining()
 }
 
+// idle tells whether nothing is left to do, flags included.
+func (q *queue) idle() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.remaining() == 0 && q.flags == freeFlags{}
+}
+
 func (q *queue) notify() {
 	select {
 	case q.wake <- struct{}{}:

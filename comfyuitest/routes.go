@@ -26,7 +26,10 @@ type request struct {
 }
 
 func (r *request) param(name string) (string, bool) {
-	values, given := r.URL.Query()[name]
+	// A semicolon is no separator to aiohttp: previews are asked for with preview=webp;90.
+	// What cannot be read of the rest is left out.
+	query, _ := url.ParseQuery(strings.ReplaceAll(r.URL.RawQuery, ";", "%3B"))
+	values, given := query[name]
 	if !given {
 		return "", false
 	}
@@ -176,7 +179,9 @@ func (r *route) match(segments []string) (map[string]string, bool) {
 func (p *Pod) dispatch(w http.ResponseWriter, r *http.Request) {
 	proc, _ := r.Context().Value(processKey{}).(*process)
 	if proc == nil {
-		proc = p.current()
+		if proc = p.current(); proc != nil {
+			r = r.WithContext(proc.ctx)
+		}
 	}
 	if proc == nil || proc.ctx.Err() != nil {
 		panic(http.ErrAbortHandler)
