@@ -23,7 +23,9 @@ func TestDecodePromptReply(t *testing.T) {
 			PromptID: "p", NodeErrors: map[string]NodeErrors{
 				"1": {Class: "C", DependentOutputs: []string{"2", "3"}, Errors: []NodeError{
 					{Type: "t", Message: "m", Details: "d", Input: "i", ExtraInfo: json.RawMessage(`{"input_name": "i", "received_value": null}`)},
-					{Type: "u"}, {ExtraInfo: json.RawMessage(`"x"`)}, {},
+					{Type: "u"},
+					{ExtraInfo: json.RawMessage(`"x"`)},
+					{},
 				}},
 				"2": {},
 			},
