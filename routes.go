@@ -460,6 +460,7 @@ type endpoint struct {
 	maxUpload   int64     // of /features; 0: not known, -1: none told
 	noCancel    time.Time // until then /api/jobs/{id}/cancel is taken as absent
 	noJobsRoute time.Time // until then /api/jobs/{id} is taken as absent
+	health      healthMemory
 }
 
 // Bounds of what is read of an answer, after decompression.
@@ -773,10 +774,14 @@ type lifeline struct {
 	over  bool          // nothing starts the timer again
 }
 
-var (
-	errSilent = errors.New("nothing came")     // the cause of a call that ended for want of an answer
-	errOver   = errors.New("the call is over") // the cause of one that ended as it should
-)
+// errOver is the cause of a call that ended as it should.
+var errOver = errors.New("the call is over")
+
+// silence is the cause of a call that ended for want of an answer.
+type silence time.Duration
+
+func (s silence) Error() string { return fmt.Sprintf("the pod was silent for %s", time.Duration(s)) }
+func (s silence) Timeout() bool { return true }
 
 func (e *endpoint) lifeline(parent context.Context, op string) *lifeline {
 	l := &lifeline{endpoint: e, op: op, limit: e.timing.Request}
@@ -786,7 +791,7 @@ func (e *endpoint) lifeline(parent context.Context, op string) *lifeline {
 		l.cancel(ErrClosed)
 	}
 	if l.limit > 0 {
-		l.timer = time.AfterFunc(l.limit, func() { l.cancel(errSilent) })
+		l.timer = time.AfterFunc(l.limit, l.silent)
 	}
 	return l
 }
@@ -808,10 +813,17 @@ func (l *lifeline) restart(limit time.Duration) {
 	switch {
 	case l.limit < 0:
 	case l.timer == nil:
-		l.timer = time.AfterFunc(l.limit, func() { l.cancel(errSilent) })
+		l.timer = time.AfterFunc(l.limit, l.silent)
 	default:
 		l.timer.Reset(l.limit)
 	}
+}
+
+func (l *lifeline) silent() {
+	l.mu.Lock()
+	limit := l.limit
+	l.mu.Unlock()
+	l.cancel(silence(limit))
 }
 
 // pause stops the time until watch.
@@ -836,15 +848,14 @@ func (l *lifeline) cut() *Error {
 		return nil
 	}
 	e := &Error{Op: l.op, Pod: l.endpoint.opts.name}
+	var s silence
 	switch cause := context.Cause(l.ctx); {
 	case errors.Is(cause, errOver):
 		return nil
 	case errors.Is(cause, ErrClosed):
 		e.Category, e.Err = CategoryClosed, ErrClosed
-	case errors.Is(cause, errSilent):
-		l.mu.Lock()
-		e.Category, e.Err = CategoryTimeout, fmt.Errorf("the pod was silent for %s", l.limit)
-		l.mu.Unlock()
+	case errors.As(cause, &s):
+		e.Category, e.Err = CategoryTimeout, s
 	default:
 		e.Category, e.Err = CategoryContext, endOf(l.ctx)
 	}
@@ -1340,6 +1351,7 @@ func (e *endpoint) queue(ctx context.Context, withGraphs bool) (running, pending
 	if running, pending, err = wire.Queue(body, withGraphs); err != nil {
 		return nil, nil, 0, e.malformed(op, resp, body, err)
 	}
+	e.health.answered()
 	return running, pending, len(body), nil
 }
 
@@ -1361,6 +1373,7 @@ func (e *endpoint) queueRemaining(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, e.malformed(op, resp, body, err)
 	}
+	e.health.answered()
 	return *answer.ExecInfo.QueueRemaining, nil
 }
 
@@ -1536,6 +1549,7 @@ func (e *endpoint) systemStats(ctx context.Context) (wire.SystemStats, error) {
 	if err != nil {
 		return wire.SystemStats{}, e.malformed(op, resp, body, err)
 	}
+	e.health.answered()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.known = stats.Version
