@@ -403,7 +403,7 @@ func judgeHealth(p probe, o observed, now time.Time) Health {
 		judgeSilence(p, p.ready || o.everReady, because)
 		return h
 	}
-	if o.poison != nil && !(p.faultSought && !p.fault) {
+	if o.poison != nil && (p.fault || !p.faultSought) {
 		because(HealthPoisoned, "a CUDA fault %s ago; only a restart of the pod clears it: %v", now.Sub(o.poisonedAt).Round(time.Second), o.poison)
 	} else if p.fault {
 		because(HealthPoisoned, "the pod's history has a CUDA fault and the GPU does not answer; only a restart of the pod clears it")

@@ -61,15 +61,15 @@ func DefaultRetryPolicy(c Category) RetryPolicy {
 func (p RetryPolicy) validate() error {
 	switch {
 	case p.MaxAttempts < 0:
-		return fmt.Errorf("MaxAttempts is %d; 0 and 1 mean no retry", p.MaxAttempts)
+		return fmt.Errorf("its MaxAttempts is %d; 0 and 1 mean no retry", p.MaxAttempts)
 	case p.InitialInterval < 0 || p.MaxInterval < 0 || p.MaxElapsed < 0:
 		return errors.New("a duration is negative")
 	case p.MaxInterval > 0 && p.MaxInterval < p.InitialInterval:
-		return fmt.Errorf("MaxInterval %s is below InitialInterval %s", p.MaxInterval, p.InitialInterval)
+		return fmt.Errorf("its MaxInterval %s is below its InitialInterval %s", p.MaxInterval, p.InitialInterval)
 	case p.Multiplier != 0 && !(p.Multiplier >= 1) || math.IsInf(p.Multiplier, 0):
-		return fmt.Errorf("Multiplier is %v; it must be 1 or more, or 0 for 2", p.Multiplier)
+		return fmt.Errorf("its Multiplier is %v; it must be 1 or more, or 0 for 2", p.Multiplier)
 	case !(p.Jitter >= 0 && p.Jitter <= 1):
-		return fmt.Errorf("Jitter is %v; it must be between 0 and 1", p.Jitter)
+		return fmt.Errorf("its Jitter is %v; it must be between 0 and 1", p.Jitter)
 	}
 	return nil
 }
