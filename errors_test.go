@@ -38,7 +38,7 @@ var categories = []Category{
 func TestCategoryOf(t *testing.T) {
 	t.Parallel()
 	dial := &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
-	_, sockTimeout := net.DialTimeout("tcp", "127.0.0.1:1", time.Nanosecond)
+	_, sockTimeout := (&net.Dialer{Timeout: time.Nanosecond}).DialContext(t.Context(), "tcp", "127.0.0.1:1")
 	for _, test := range []struct {
 		name string
 		err  error

@@ -8,12 +8,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"image"
+	"image/color"
+	imagepng "image/png"
 	"io"
 	"net"
 	"net/http"
 	"net/http/cookiejar"
 	"net/http/httptest"
 	"net/url"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,9 +25,12 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/gorilla/websocket"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+
+	"github.com/comfypod/comfyui/comfyuitest"
 )
 
 // serve is a client of a pod that is only a handler.
@@ -231,7 +238,7 @@ func TestPostPromptOutcomes(t *testing.T) {
 
 func TestPostPromptThatNeverLeft(t *testing.T) {
 	t.Parallel()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	address := listener.Addr().String()
 	require.NoError(t, listener.Close())
@@ -586,11 +593,11 @@ func TestS9ErrorsHoldNoCredential(t *testing.T) {
 		"echo": func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(502); _, _ = io.WriteString(w, dump(r)) },
 		"echo in JSON": func(w http.ResponseWriter, r *http.Request) {
 			w.WriteHeader(400)
-			fmt.Fprintf(w, `{"error":{"type":"t","message":%q,"details":%q}}`, r.URL.RawQuery, r.Header.Get("Authorization"))
+			_, _ = fmt.Fprintf(w, `{"error":{"type":"t","message":%q,"details":%q}}`, r.URL.RawQuery, r.Header.Get("Authorization"))
 		},
 		"echo in a page": func(w http.ResponseWriter, r *http.Request) {
 			w.Header().Set("Content-Type", "text/html")
-			fmt.Fprintf(w, "<title>%s</title>", r.Header.Get("X-Fresh"))
+			_, _ = fmt.Fprintf(w, "<title>%s</title>", r.Header.Get("X-Fresh"))
 		},
 		"echo in a redirect": func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, "http://someone:pass-w0rd@other.example/?"+r.URL.RawQuery, http.StatusFound)
@@ -711,7 +718,7 @@ func TestS43UploadTooLarge(t *testing.T) {
 	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/features" {
 			features.Add(1)
-			fmt.Fprintf(w, `{"max_upload_size": %d.0}`, limit)
+			_, _ = fmt.Fprintf(w, `{"max_upload_size": %d.0}`, limit)
 			return
 		}
 		uploads.Add(1)
@@ -1092,7 +1099,7 @@ func TestDo(t *testing.T) {
 			w.WriteHeader(http.StatusNotFound)
 			return
 		}
-		fmt.Fprintf(w, "%s %s %s %s", r.Method, r.URL, r.Header.Get("Content-Type"), body)
+		_, _ = fmt.Fprintf(w, "%s %s %s %s", r.Method, r.URL, r.Header.Get("Content-Type"), body)
 	}, func(o *options) { o.base.Path, o.query = "/pre", url.Values{"t": {"1"}} })
 	do := func(method, path string, query url.Values, body any) string {
 		t.Helper()
@@ -1332,7 +1339,7 @@ func TestVersionIsRemembered(t *testing.T) {
 	t.Parallel()
 	var asked atomic.Int64
 	c := serve(t, func(w http.ResponseWriter, _ *http.Request) {
-		fmt.Fprintf(w, `{"system":{"comfyui_version":"0.3.%d","argv":["main.py"],"ram_total":5,"os":"linux"},"devices":[{"name":"cpu","type":"cpu","index":null,"vram_total":7,"vram_free":3}]}`, 56+asked.Add(1))
+		_, _ = fmt.Fprintf(w, `{"system":{"comfyui_version":"0.3.%d","argv":["main.py"],"ram_total":5,"os":"linux"},"devices":[{"name":"cpu","type":"cpu","index":null,"vram_total":7,"vram_free":3}]}`, 56+asked.Add(1))
 	})
 	for range 2 {
 		v, err := c.endpoint.version(t.Context())
@@ -1383,9 +1390,9 @@ func TestInterruptHitsNoOtherJob(t *testing.T) {
 			c := serve(t, func(w http.ResponseWriter, r *http.Request) {
 				switch r.URL.Path {
 				case "/system_stats":
-					fmt.Fprintf(w, `{"system":{"comfyui_version":%q},"devices":[]}`, test.version)
+					_, _ = fmt.Fprintf(w, `{"system":{"comfyui_version":%q},"devices":[]}`, test.version)
 				case "/queue":
-					fmt.Fprintf(w, `{"queue_running":%s}`, test.queue)
+					_, _ = fmt.Fprintf(w, `{"queue_running":%s}`, test.queue)
 				case "/interrupt":
 					interrupts.Add(1)
 					body, _ := io.ReadAll(r.Body)
@@ -1563,7 +1570,7 @@ func TestSealedBodySendsNothing(t *testing.T) {
 	assert.Zero(t, asked)
 
 	// Sealed while confirm is asked.
-	o = jsonBody([]byte("body"), func() error { o.seal(); return nil })
+	o = jsonBody([]byte("body"), func() error { _, _, _ = o.seal(); return nil })
 	req.Body = nil
 	o.attach(req)
 	_, err = req.Body.Read(make([]byte, 10))
@@ -1595,3 +1602,120 @@ func TestForeignRoundTripper(t *testing.T) {
 type roundTrip func(*http.Request) (*http.Response, error)
 
 func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+// With COMFYUI_POD=URL: the routes on a real server.
+func TestRealPodRoutes(t *testing.T) {
+	base := os.Getenv("COMFYUI_POD")
+	if base == "" {
+		t.Skip("COMFYUI_POD is not set")
+	}
+	checkRoutes(t, base)
+}
+
+// The same on the simulated pod, in each of its versions.
+func TestSimulatedPodRoutes(t *testing.T) {
+	t.Parallel()
+	for _, version := range []string{"0.3.40", "0.3.64", "0.8.0", "0.27.0", "0.33.0"} {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			checkRoutes(t, comfyuitest.Start(t, comfyuitest.WithVersion(version)).URL())
+		})
+	}
+}
+
+func checkRoutes(t *testing.T, base string) {
+	c, err := NewPodClient(base)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, c.Close()) }()
+	ctx := t.Context()
+	require.NoError(t, c.WaitReady(ctx))
+	h, err := c.Health(ctx)
+	require.NoError(t, err)
+	t.Logf("%+v", h)
+	assert.Contains(t, []HealthState{HealthReady, HealthBusy}, h.State)
+
+	stats, err := c.SystemStats(ctx)
+	require.NoError(t, err)
+	assert.Equal(t, h.Version, stats.Version)
+	features, err := c.Features(ctx)
+	if atLeast(stats.Version, 0, 3, 45) {
+		require.NoError(t, err)
+		assert.NotEmpty(t, features)
+		assert.Positive(t, c.endpoint.uploadLimit(ctx))
+	}
+	info, err := c.ObjectInfo(ctx, "EmptyImage", "NoSuchClass")
+	require.NoError(t, err)
+	assert.Len(t, info, 1)
+	folders, err := c.Models(ctx, "")
+	require.NoError(t, err)
+	assert.Contains(t, folders, "checkpoints")
+	_, err = c.Models(ctx, "no such folder")
+	assert.Equal(t, CategoryNotFound, CategoryOf(err))
+	_, err = c.Queue(ctx)
+	require.NoError(t, err)
+	_, err = c.History(ctx, uuid.NewString())
+	assert.Equal(t, CategoryNotFound, CategoryOf(err))
+	require.NoError(t, c.DeleteQueued(ctx, uuid.NewString()))
+	require.NoError(t, c.Interrupt(ctx, uuid.NewString()))
+	require.NoError(t, c.FreeMemory(ctx, true, true))
+
+	var png bytes.Buffer
+	name := uuid.NewString() + ".png"
+	var refs []FileRef
+	for _, shade := range []uint8{1, 2, 1} {
+		png.Reset()
+		picture := image.NewGray(image.Rect(0, 0, 8, 8))
+		picture.SetGray(0, 0, color.Gray{Y: shade})
+		require.NoError(t, imagepng.Encode(&png, picture))
+		ref, err := c.Upload(ctx, name, bytes.NewReader(png.Bytes()), UploadSubfolder("routes"))
+		require.NoError(t, err)
+		refs = append(refs, ref)
+	}
+	assert.Equal(t, FileRef{name, "routes", "input"}, refs[0])
+	assert.NotEqual(t, refs[0], refs[1], "other content has another name")
+	assert.Equal(t, refs[0], refs[2], "equal content is kept once")
+	resp, err := c.endpoint.view(ctx, url.Values{"filename": {name}, "subfolder": {"routes"}, "type": {"input"}}, http.Header{"Range": {"bytes=1-3"}})
+	require.NoError(t, err)
+	part, err := io.ReadAll(resp.Body)
+	require.NoError(t, err)
+	require.NoError(t, resp.Body.Close())
+	assert.Equal(t, http.StatusPartialContent, resp.StatusCode)
+	assert.Equal(t, "PNG", string(part))
+	mask := bytes.NewReader(png.Bytes())
+	ref, err := c.UploadMask(ctx, refs[0], "mask-"+name, mask, UploadSubfolder("clipspace"))
+	require.NoError(t, err)
+	require.NoError(t, c.endpoint.exists(ctx, "view", ref), "it was saved")
+	_, err = c.UploadMask(ctx, FileRef{Filename: "nope-" + name, Type: "input"}, "mask-"+name, mask)
+	assert.Equal(t, CategoryNotFound, CategoryOf(err))
+
+	post := func(graph string, confirm func() error) (postOutcome, error) {
+		_, outcome, err := c.endpoint.postPrompt(ctx, fmt.Appendf(nil, `{"prompt":%s,"prompt_id":%q,"client_id":"x"}`, graph, uuid.NewString()), confirm)
+		return outcome, err
+	}
+	outcome, err := post(`{"1":{"class_type":"NoSuchClass","inputs":{}}}`, nil)
+	assert.Equal(t, postRefused, outcome)
+	assert.Equal(t, CategoryMissingAsset, CategoryOf(err), "%v", err)
+	outcome, err = post(`{"1":{"class_type":"LoadImage","inputs":{"image":"not there.png"}},"2":{"class_type":"PreviewImage","inputs":{"images":["1",0]}}}`, nil)
+	assert.Equal(t, postRefused, outcome)
+	assert.Equal(t, CategoryMissingAsset, CategoryOf(err), "%v", err)
+	outcome, err = post(`null`, nil)
+	assert.Equal(t, postAmbiguous, outcome)
+	assert.Equal(t, CategoryProtocol, CategoryOf(err), "%v", err)
+	outcome, err = post(`{}`, func() error { return ErrFenced })
+	assert.Equal(t, postUnsent, outcome)
+	require.ErrorIs(t, err, ErrFenced)
+
+	supported, cancelled, err := c.endpoint.cancelJob(ctx, uuid.NewString(), nil)
+	require.NoError(t, err)
+	assert.Equal(t, atLeast(stats.Version, 0, 26), supported)
+	assert.False(t, cancelled)
+	job, supported, err := c.endpoint.apiJob(ctx, uuid.NewString())
+	require.NoError(t, err)
+	assert.Equal(t, atLeast(stats.Version, 0, 6), supported)
+	assert.Nil(t, job)
+	_, err = c.endpoint.oldestHistory(ctx)
+	require.NoError(t, err)
+	raw, err := c.Do(ctx, http.MethodGet, "/history?max_items=1", nil, nil)
+	require.NoError(t, err)
+	require.NoError(t, raw.Body.Close())
+}
