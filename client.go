@@ -2,11 +2,18 @@ package comfyui
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"iter"
 	"log/slog"
+	"maps"
+	"math"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -18,6 +25,34 @@ import (
 type PodClient struct {
 	opts     *options
 	endpoint *endpoint
+	retrier  *retrier
+	counters *counters
+
+	mu      sync.Mutex
+	tracker *tracker // nil until the first job
+	closed  bool
+	ended   sync.WaitGroup // Close calls under way
+}
+
+// NewPodClient returns a client for the pod at baseURL. It does no I/O and starts no goroutine.
+//
+// "host:8188", a path prefix and a query (kept on every request, as token proxies want) all work; ws and wss stand for http and
+// https. Userinfo becomes basic auth. Userinfo and query are never printed or stored. The URL must reach one ComfyUI process: a
+// load balancer over several makes every answer of the pod a lie.
+//
+// The error says which option is wrong.
+func NewPodClient(baseURL string, opts ...Option) (*PodClient, error) {
+	o, err := newOptions(baseURL, opts)
+	if err != nil {
+		return nil, err
+	}
+	c := &PodClient{opts: o, counters: &counters{}}
+	if c.endpoint, err = newEndpoint(o, c.counters); err != nil {
+		return nil, err
+	}
+	c.retrier = c.endpoint.retries
+	c.retrier.notify = c.notifyRetry
+	return c, nil
 }
 
 // Option configures a PodClient; see NewPodClient.
@@ -43,7 +78,6 @@ type options struct {
 	previews    bool
 	logger      *slog.Logger
 	hooks       Hooks
-	faults      []error // what options refused; NewPodClient reports them together
 }
 
 func newOptions(baseURL string, opts []Option) (*options, error) {
@@ -61,7 +95,39 @@ func newOptions(baseURL string, opts []Option) (*options, error) {
 			opt(o)
 		}
 	}
-	return o, nil
+	o.timing = o.timing.withDefaults()
+	if o.store == nil {
+		o.store = NewMemoryStore()
+	}
+	return o, o.validate()
+}
+
+// validate says what is wrong with the options.
+func (o *options) validate() error {
+	faults := []error{validateRetries(o.retry)}
+	fault := func(format string, args ...any) { faults = append(faults, fmt.Errorf("comfyui: "+format, args...)) }
+	if o.name == "" {
+		fault("WithPodName: the name is empty")
+	}
+	if o.clientID == "" {
+		fault("WithClientID: the id is empty")
+	}
+	if o.maxInFlight < 0 {
+		fault("WithMaxInFlight: %d is negative; 0 means no bound", o.maxInFlight)
+	}
+	t := o.timing
+	for name, d := range map[string]time.Duration{
+		"Connect": t.Connect, "Request": t.Request, "ReconnectMin": t.ReconnectMin, "ReconnectMax": t.ReconnectMax, "Poll": t.Poll,
+		"Cancel": t.Cancel, "Lease": t.Lease, "Retention": t.Retention,
+	} {
+		if d < 0 {
+			fault("WithTiming: %s cannot be switched off: give it a positive duration, or 0 for its default", name)
+		}
+	}
+	if t.ReconnectMax < t.ReconnectMin {
+		fault("WithTiming: ReconnectMax %s is below ReconnectMin %s", t.ReconnectMax, t.ReconnectMin)
+	}
+	return errors.Join(faults...)
 }
 
 // parseBase takes "host:8188" as well as a URL with a path prefix, userinfo and a query.
@@ -266,4 +332,537 @@ func (c *PodClient) Name() string {
 		return ""
 	}
 	return c.opts.name
+}
+
+// notifyRetry tells Hooks.Retry, on a goroutine that blocks nothing.
+func (c *PodClient) notifyRetry(info RetryInfo) {
+	c.opts.logger.Debug("comfyui: retrying", "pod", info.Pod, "op", info.Op, "job", info.JobID, "try", info.Try, "wait", info.Wait, "error", info.Err)
+	if f := c.opts.hooks.Retry; f != nil {
+		go f(info)
+	}
+}
+
+// running returns the tracker, and starts it for the first job.
+func (c *PodClient) running(op string) (*tracker, error) {
+	if c == nil || c.opts == nil {
+		return nil, &Error{Op: op, Category: CategoryClosed, Err: ErrClosed}
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.closed {
+		return nil, c.closedError(op)
+	}
+	if c.tracker == nil {
+		c.tracker = newTracker(c)
+		c.tracker.start()
+	}
+	return c.tracker, nil
+}
+
+func (c *PodClient) closedError(op string) error {
+	return &Error{Op: op, Pod: c.Name(), Category: CategoryClosed, Err: ErrClosed}
+}
+
+// storeError is an error of the store in a call of the caller's. What the store names itself keeps its category.
+func (c *PodClient) storeError(op, jobID string, err error) *Error {
+	e := &Error{Op: op, Pod: c.Name(), JobID: jobID, Category: CategoryStorage, Err: err}
+	for _, named := range []error{ErrJobNotFound, ErrJobConflict, ErrOtherPod, ErrJobHeld, ErrFenced, ErrSchema} {
+		if errors.Is(err, named) {
+			e.Category = CategoryOf(named)
+		}
+	}
+	return e
+}
+
+// Execute runs the workflow and returns how it ended. It is Submit and Job.Wait in one: idempotent by job id (WithJobID), so
+// that a caller that was killed, or whose ctx ended, calls it again and gets the one run's result. The Result is non-nil for
+// every job that has ended, also beside an error; see Job.Wait.
+func (c *PodClient) Execute(ctx context.Context, w *Workflow, opts ...JobOption) (*Result, error) {
+	j, err := c.begin(ctx, "execute", w, opts)
+	if err != nil {
+		return nil, err
+	}
+	r, err := j.Wait(ctx)
+	if err != nil && r == nil {
+		return nil, reword(err, "execute")
+	}
+	return r, err
+}
+
+// reword names the call that the caller made.
+func reword(err error, op string) error {
+	var e *Error
+	if !errors.As(err, &e) {
+		return err
+	}
+	copied := *e
+	copied.Op = op
+	return &copied
+}
+
+// Submit records the job, has the pod take it and returns once the pod has. A job id that is known already is joined: the Job
+// is then the running or ended one. When ctx ends first the job goes on, and Error.JobID names it. A job that the pod refuses
+// is recorded as failed; the error is the same that Wait returns.
+func (c *PodClient) Submit(ctx context.Context, w *Workflow, opts ...JobOption) (*Job, error) {
+	j, err := c.begin(ctx, "submit", w, opts)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case <-j.taken:
+	case <-ctx.Done():
+		return nil, j.contextError("submit", ctx)
+	}
+	select {
+	case <-j.done:
+		if _, err := j.outcome(); err != nil && !j.wasAccepted() {
+			return nil, err
+		}
+	default:
+	}
+	return j, nil
+}
+
+// begin records the job, or finds the one that its id names, and has the tracker follow it.
+func (c *PodClient) begin(ctx context.Context, op string, w *Workflow, opts []JobOption) (*Job, error) {
+	t, err := c.running(op)
+	if err != nil {
+		return nil, err
+	}
+	o, err := c.jobOptions(w, opts)
+	if err != nil {
+		return nil, &Error{Op: op, Pod: c.Name(), JobID: o.id, Category: CategoryValidation, Err: err}
+	}
+	rec, err := c.newRecord(w, o, t)
+	if err != nil {
+		return nil, &Error{Op: op, Pod: c.Name(), JobID: o.id, Category: CategoryValidation, Err: err}
+	}
+	a := admission{graph: planOf(w), opts: o, ctx: ctx}
+	asked := time.Now()
+	stored, err := c.create(ctx, op, t, rec)
+	if err != nil {
+		return nil, err
+	}
+	a.rec, a.confirmed = stored, asked
+	a.fresh = o.fresh && stored.Epoch == 1
+	created := stored.Owner == t.owner && stored.Rev == 0 && stored.CreatedAt.Equal(rec.CreatedAt)
+	if created {
+		c.counters.submitted.Add(1)
+	} else {
+		c.counters.joined.Add(1)
+	}
+	switch {
+	case stored.WorkflowHash != rec.WorkflowHash:
+		return nil, &Error{Op: op, Pod: c.Name(), JobID: o.id, Status: stored.Progress.Status, Category: CategoryConflict, Err: ErrJobConflict}
+	case stored.Progress.Status.Terminal():
+		if o.rerunFailed && stored.Progress.Status != StatusSucceeded {
+			return c.rerun(ctx, op, t, a, rec)
+		}
+		return c.endedJob(stored, o.onEvent), nil
+	case stored.Pod != c.opts.name:
+		return nil, &Error{Op: op, Pod: c.Name(), JobID: o.id, Status: stored.Progress.Status, Category: CategoryConflict, Err: fmt.Errorf("%w: it is on %q", ErrOtherPod, stored.Pod)}
+	case stored.Owner == t.owner:
+		a.drive = true
+		return c.admit(op, t, a)
+	}
+	return c.claim(ctx, op, t, a)
+}
+
+// create makes the record, or returns the one that is there. It is idempotent, so a lost answer is asked for again.
+func (c *PodClient) create(ctx context.Context, op string, t *tracker, rec *Record) (stored *Record, err error) {
+	ctx, done := c.endpoint.bind(ctx)
+	defer done()
+	err = c.retrier.do(ctx, retryOp{op: op, jobID: rec.JobID}, func(ctx context.Context, _ int) error {
+		c.counters.storeWrites.Add(1)
+		stored, err = t.store.Create(ctx, rec, c.opts.timing.Lease)
+		if err == nil {
+			return nil
+		}
+		c.counters.storeErrors.Add(1)
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return c.storeError(op, rec.JobID, err)
+	})
+	if err != nil {
+		e := *asError(err)
+		e.Op, e.Pod, e.JobID = op, c.Name(), rec.JobID
+		return nil, &e
+	}
+	return stored, nil
+}
+
+// claim drives a job whose lease is free, and follows one that another owner drives.
+func (c *PodClient) claim(ctx context.Context, op string, t *tracker, a admission) (*Job, error) {
+	a.confirmed = time.Now()
+	rec, err := t.store.Claim(ctx, a.rec.JobID, t.owner, c.opts.timing.Lease)
+	switch {
+	case err == nil && rec.Progress.Status.Terminal():
+		return c.endedJob(rec, a.opts.onEvent), nil
+	case err == nil:
+		a.rec, a.drive = rec, true
+		c.counters.recovered.Add(1)
+	case errors.Is(err, ErrJobHeld) && rec != nil:
+		a.rec = rec
+	case errors.Is(err, ErrJobHeld):
+	default:
+		return nil, c.storeError(op, a.rec.JobID, err)
+	}
+	return c.admit(op, t, a)
+}
+
+func (c *PodClient) admit(op string, t *tracker, a admission) (j *Job, err error) {
+	if !t.ask(func() { j = t.admit(a) }) {
+		return nil, c.closedError(op)
+	}
+	return j, nil
+}
+
+// rerun reopens a job that failed or was cancelled.
+func (c *PodClient) rerun(ctx context.Context, op string, t *tracker, a admission, wanted *Record) (*Job, error) {
+	a.confirmed = time.Now()
+	rec, err := t.store.Claim(ctx, wanted.JobID, t.owner, c.opts.timing.Lease)
+	if errors.Is(err, ErrJobHeld) { // another process reruns it
+		if rec != nil {
+			a.rec = rec
+		}
+		return c.admit(op, t, a)
+	}
+	if err != nil {
+		return nil, c.storeError(op, wanted.JobID, err)
+	}
+	if !rec.Progress.Status.Terminal() || rec.Progress.Status == StatusSucceeded {
+		a.rec, a.drive = rec, !rec.Progress.Status.Terminal()
+		if !a.drive {
+			return c.endedJob(rec, a.opts.onEvent), nil
+		}
+		return c.admit(op, t, a)
+	}
+	next := wanted.Clone()
+	next.Attempt = rec.Attempt + 1
+	next.PromptID = promptID(next.JobID, next.WorkflowHash, next.Attempt)
+	next.Owner, next.Epoch, next.Rev, next.LeaseUntil = rec.Owner, rec.Epoch, rec.Rev, rec.LeaseUntil
+	a.rec, a.drive, a.reopened, a.fresh = next, true, true, true
+	return c.admit(op, t, a)
+}
+
+// endedJob is the handle of a job that has ended before.
+func (c *PodClient) endedJob(rec *Record, onEvent []func(Event)) *Job {
+	j := newJob(c, rec)
+	j.accepted = true
+	last := endEvent(rec)
+	var err error
+	if rec.Failure != nil {
+		err = rec.Failure
+	}
+	j.finish(resultOf(rec, c), err, &last)
+	for _, f := range onEvent {
+		j.attach(newCallback(f))
+	}
+	return j
+}
+
+// endEvent is the end as a record tells it.
+func endEvent(rec *Record) Event {
+	ev := Event{
+		Kind: EventFailed, JobID: rec.JobID, PromptID: rec.PromptID, Attempt: rec.Attempt, Time: rec.FinishedAt, Source: SourceStore,
+		Progress: rec.Progress, Outputs: rec.Outputs,
+	}
+	switch rec.Progress.Status {
+	case StatusSucceeded:
+		ev.Kind = EventSucceeded
+	case StatusCancelled:
+		ev.Kind = EventCancelled
+	}
+	if rec.Failure != nil {
+		ev.Err = rec.Failure
+	}
+	return ev
+}
+
+// maxJobID bounds a caller's job id: it becomes part of keys.
+const maxJobID = 512
+
+// jobOptions adds the options up and checks them, and the workflow, before anything is stored or sent.
+func (c *PodClient) jobOptions(w *Workflow, opts []JobOption) (*jobOptions, error) {
+	o := &jobOptions{}
+	for _, opt := range slices.Concat(c.opts.jobDefaults, opts) {
+		if opt != nil {
+			opt(o)
+		}
+	}
+	if o.id == "" {
+		o.id, o.fresh = uuid.NewString(), true
+	}
+	if len(o.id) > maxJobID || strings.ContainsRune(o.id, 0) {
+		return o, fmt.Errorf("the job id must be at most %d bytes without NUL", maxJobID)
+	}
+	if err := w.check(); err != nil {
+		return o, err
+	}
+	if o.number != nil && (math.IsNaN(*o.number) || math.IsInf(*o.number, 0)) {
+		return o, errors.New("WithNumber: the queue number must be finite")
+	}
+	l := o.limits
+	if l.Total < 0 || l.Queue < 0 || l.Run < 0 {
+		return o, errors.New("WithLimits: Total, Queue and Run cannot be negative; 0 means no limit")
+	}
+	for _, in := range o.inputs {
+		if in.open == nil {
+			return o, fmt.Errorf("WithInput: node %q, input %q: open is nil", in.node, in.input)
+		}
+		if _, err := w.Get(in.node, in.input); err != nil {
+			return o, fmt.Errorf("WithInput: %w", err)
+		}
+	}
+	return o, nil
+}
+
+// newRecord is the record of a new job.
+func (c *PodClient) newRecord(w *Workflow, o *jobOptions, t *tracker) (*Record, error) {
+	graph, err := w.MarshalJSON()
+	if err != nil {
+		return nil, err
+	}
+	extra, err := storedExtra(o.extraData)
+	if err != nil {
+		return nil, err
+	}
+	hash := w.hash()
+	now := time.Now()
+	rec := &Record{
+		Schema: recordSchema, JobID: o.id, Pod: c.opts.name, ClientID: c.opts.clientID, PromptID: promptID(o.id, hash, 1), Attempt: 1,
+		WorkflowHash: hash, Workflow: graph, ExtraData: extra,
+		Options: RecordOptions{Limits: o.limits, AllowPartial: o.allowPartial, AtMostOnce: o.atMostOnce, Front: o.front},
+		Labels:  maps.Clone(o.labels), Progress: Progress{Status: StatusPending, QueueAhead: -1, NodesTotal: len(w.nodes)},
+		CreatedAt: now, AttemptAt: now, Retention: c.opts.timing.Retention, Owner: t.owner,
+	}
+	if o.number != nil {
+		rec.Number = *o.number
+	}
+	return rec, nil
+}
+
+// storedExtra is the caller's extra data without its secrets.
+func storedExtra(extra map[string]any) (json.RawMessage, error) {
+	open := maps.Clone(extra)
+	for _, key := range secretKeys {
+		delete(open, key)
+	}
+	if _, taken := open[markerKey]; taken {
+		return nil, fmt.Errorf("WithExtraData: the key %q is the library's own", markerKey)
+	}
+	if len(open) == 0 {
+		return nil, nil
+	}
+	raw, err := json.Marshal(open)
+	if err != nil {
+		return nil, fmt.Errorf("WithExtraData: %w", err)
+	}
+	return raw, nil
+}
+
+// Attach drives a stored job if its lease is free, and follows it if another owner has it. It returns ErrJobNotFound for an
+// unknown id, and ErrOtherPod for a job that is on another pod and has not ended.
+func (c *PodClient) Attach(ctx context.Context, jobID string) (*Job, error) {
+	const op = "attach"
+	t, err := c.running(op)
+	if err != nil {
+		return nil, err
+	}
+	rec, err := c.stored(ctx, op, t, jobID)
+	switch {
+	case err != nil:
+		return nil, err
+	case rec.Progress.Status.Terminal():
+		return c.endedJob(rec, nil), nil
+	case rec.Pod != c.opts.name:
+		return nil, &Error{Op: op, Pod: c.Name(), JobID: jobID, Status: rec.Progress.Status, Category: CategoryConflict, Err: fmt.Errorf("%w: it is on %q", ErrOtherPod, rec.Pod)}
+	}
+	return c.claim(ctx, op, t, c.admissionOf(rec))
+}
+
+// stored reads a record.
+func (c *PodClient) stored(ctx context.Context, op string, t *tracker, jobID string) (rec *Record, err error) {
+	ctx, done := c.endpoint.bind(ctx)
+	defer done()
+	err = c.retrier.do(ctx, retryOp{op: op, jobID: jobID}, func(ctx context.Context, _ int) error {
+		rec, err = t.store.Get(ctx, jobID)
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		return c.storeError(op, jobID, err)
+	})
+	if err != nil {
+		e := *asError(err)
+		e.Op, e.Pod, e.JobID = op, c.Name(), jobID
+		return nil, &e
+	}
+	return rec, nil
+}
+
+// admissionOf is a stored job with the client's job defaults.
+func (c *PodClient) admissionOf(rec *Record) admission {
+	o := &jobOptions{}
+	for _, opt := range c.opts.jobDefaults {
+		opt(o)
+	}
+	o.inputs = nil // of another job
+	return admission{rec: rec, graph: graphOf(rec), opts: o}
+}
+
+// Recover takes over this pod's unfinished jobs whose leases are free and yields them; then it waits for the leases that run,
+// and yields the jobs whose owners do not come back. It ends when each unfinished job that it saw has an owner or an end, which
+// takes about one lease; or when ctx or the loop ends. A job that cannot be taken over yields an error, and the walk goes on.
+func (c *PodClient) Recover(ctx context.Context) iter.Seq2[*Job, error] {
+	const op = "recover"
+	return func(yield func(*Job, error) bool) {
+		t, err := c.running(op)
+		if err != nil {
+			yield(nil, err)
+			return
+		}
+		ctx, done := c.endpoint.bind(ctx)
+		defer done()
+		var held []*Record
+		for rec, err := range t.store.Unfinished(ctx, c.opts.name) {
+			if err != nil {
+				if ctx.Err() != nil {
+					return
+				}
+				if !yield(nil, c.storeError(op, "", err)) {
+					return
+				}
+				continue
+			}
+			if rec.Owner == t.owner {
+				continue // driven here already, or being submitted right now
+			}
+			taken, more := c.recoverOne(ctx, t, rec, yield)
+			if !more {
+				return
+			}
+			if !taken {
+				held = append(held, rec)
+			}
+		}
+		c.recoverHeld(ctx, t, held, yield)
+	}
+}
+
+// recoverOne claims one job. taken: it is settled, if only by an error; more: the caller wants to go on.
+func (c *PodClient) recoverOne(ctx context.Context, t *tracker, rec *Record, yield func(*Job, error) bool) (taken, more bool) {
+	const op = "recover"
+	asked := time.Now()
+	claimed, err := t.store.Claim(ctx, rec.JobID, t.owner, c.opts.timing.Lease)
+	switch {
+	case errors.Is(err, ErrJobHeld):
+		return false, true
+	case errors.Is(err, ErrJobNotFound):
+		return true, true
+	case err != nil && ctx.Err() != nil:
+		return true, false
+	case err != nil:
+		return true, yield(nil, c.storeError(op, rec.JobID, err))
+	case claimed.Progress.Status.Terminal():
+		return true, true
+	}
+	c.counters.recovered.Add(1)
+	a := c.admissionOf(claimed)
+	a.drive, a.confirmed = true, asked
+	j, err := c.admit(op, t, a)
+	if err != nil {
+		yield(nil, err)
+		return true, false
+	}
+	return true, yield(j, nil)
+}
+
+// recoverHeld waits for the leases of other owners. One that is renewed has an owner; the store says so by another end of it,
+// so that no two clocks are compared.
+func (c *PodClient) recoverHeld(ctx context.Context, t *tracker, held []*Record, yield func(*Job, error) bool) {
+	patience := time.Now().Add(c.opts.timing.Lease + c.opts.timing.Lease/3)
+	for len(held) > 0 {
+		timer := time.NewTimer(max(c.opts.timing.Lease/6, 10*time.Millisecond))
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+			timer.Stop()
+			return
+		}
+		last := time.Now().After(patience)
+		still := held[:0]
+		for _, rec := range held {
+			now, err := t.store.Get(ctx, rec.JobID)
+			if err == nil && (now.Progress.Status.Terminal() || !now.LeaseUntil.Equal(rec.LeaseUntil) && now.LeaseUntil.After(rec.LeaseUntil)) ||
+				errors.Is(err, ErrJobNotFound) {
+				continue
+			}
+			taken, more := c.recoverOne(ctx, t, rec, yield)
+			if !more {
+				return
+			}
+			if !taken && !last {
+				still = append(still, rec)
+			}
+		}
+		held = still
+	}
+}
+
+// Stats returns what the client has done and is doing.
+func (c *PodClient) Stats() Stats {
+	if c == nil || c.counters == nil {
+		return Stats{Stream: StreamIdle}
+	}
+	n := c.counters
+	s := Stats{
+		Stream:    StreamIdle,
+		Submitted: n.submitted.Load(), Joined: n.joined.Load(), Recovered: n.recovered.Load(),
+		Succeeded: n.succeeded.Load(), Failed: n.failed.Load(), Cancelled: n.cancelled.Load(),
+		Attempts: n.attempts.Load(), AmbiguousPosts: n.ambiguousPosts.Load(), DuplicatesRemoved: n.duplicatesRemoved.Load(),
+		Calls: n.calls.Load(), CallErrors: n.callErrors.Load(), Retries: n.retries.Load(),
+		Dials: n.dials.Load(), DialErrors: n.dialErrors.Load(), Deaf: n.deaf.Load(),
+		Frames: n.frames.Load(), FrameBytes: n.frameBytes.Load(), FramesSkipped: n.framesSkipped.Load(),
+		StoreWrites: n.storeWrites.Load(), StoreErrors: n.storeErrors.Load(),
+	}
+	c.mu.Lock()
+	t := c.tracker
+	c.mu.Unlock()
+	if t != nil {
+		s.Following, s.Owned = int(t.gauges.following.Load()), int(t.gauges.owned.Load())
+		s.StorePending = t.gauges.unwritten.Load()
+		s.Stream, _ = t.gauges.stream.Load().(StreamState)
+	}
+	return s
+}
+
+// Close ends the client: calls in flight and handles return ErrClosed, leases are given back, and all goroutines but callbacks
+// in progress have ended when it returns. It cancels no job: those on the pod go on, and whoever attaches to them or recovers
+// them gets their ends. It is idempotent, and may be called from a callback or inside a loop over events.
+func (c *PodClient) Close() error {
+	if c == nil || c.opts == nil {
+		return nil
+	}
+	c.mu.Lock()
+	first := !c.closed
+	c.closed = true
+	if first {
+		c.ended.Add(1)
+	}
+	t := c.tracker
+	c.mu.Unlock()
+	if !first {
+		c.ended.Wait()
+		return nil
+	}
+	defer c.ended.Done()
+	c.endpoint.close()
+	if t != nil {
+		t.stop()
+	}
+	return nil
 }

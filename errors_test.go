@@ -169,6 +169,7 @@ type recordedLine struct {
 	Status  int               `json:"status"`
 	Headers map[string]string `json:"headers"`
 	Body    json.RawMessage   `json:"body"`
+	Raw     string            `json:"body_text"` // JSON that Go refuses
 	Text    string            `json:"text"`
 }
 
@@ -182,6 +183,9 @@ func (l recordedLine) header() http.Header {
 
 // bytes is the body as it was sent: JSON, or the text that the recording keeps as a JSON string.
 func (l recordedLine) bytes() []byte {
+	if l.Raw != "" {
+		return []byte(l.Raw)
+	}
 	if !strings.Contains(l.Headers["Content-Type"], "json") {
 		var text string
 		if json.Unmarshal(l.Body, &text) == nil {

@@ -137,6 +137,7 @@ type retryOp struct {
 	op, jobID string
 	safe      func(error) bool // whether it may be repeated after this error; nil: any
 	fixed     *RetryPolicy     // nil: by the category of each error
+	patient   bool             // waits by profession: outside the budget
 }
 
 // do tries until there is no error, or one that is not repeated, which it returns as it is. When ctx ends first the error has
@@ -209,6 +210,10 @@ func (s *retrySchedule) NextBackOff() time.Duration {
 		s.again = true
 		return backoff.Stop
 	}
+	if s.what.patient {
+		s.again = true
+		return wait
+	}
 	ready, ok := s.retrier.budget.take()
 	if !ok {
 		return backoff.Stop
@@ -220,6 +225,14 @@ func (s *retrySchedule) NextBackOff() time.Duration {
 	}
 	s.again = true
 	return wait
+}
+
+// attempts is how often a job is tried for a category.
+func (r *retrier) attempts(c Category) int {
+	if p, ok := r.policies[c]; ok {
+		return max(1, p.MaxAttempts)
+	}
+	return DefaultRetryPolicy(c).MaxAttempts
 }
 
 // policy is that of the error's category. A record of a newer schema is of category storage and the same the next time.
@@ -255,7 +268,7 @@ func (r *retrier) ended(ctx context.Context, what retryOp, last error) error {
 	if errors.Is(end, ErrClosed) {
 		e.Category = CategoryClosed
 	}
-	if !isEnd(last) {
+	if last != nil && !isEnd(last) {
 		e.Err = errors.Join(end, last)
 	}
 	return e

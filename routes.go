@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -459,6 +460,7 @@ type endpoint struct {
 	maxUpload   int64     // of /features; 0: not known, -1: none told
 	noCancel    time.Time // until then /api/jobs/{id}/cancel is taken as absent
 	noJobsRoute time.Time // until then /api/jobs/{id} is taken as absent
+	health      healthMemory
 }
 
 // Bounds of what is read of an answer, after decompression.
@@ -624,6 +626,7 @@ type call struct {
 	body             *outgoing             // nil: none
 	accept           func(status int) bool // beside 2xx
 	small            bool                  // Timing.Request bounds the answer's body too
+	needsBody        bool                  // the pod does nothing before it has the whole body
 	roams            bool                  // a redirect to another host is followed, without credentials
 }
 
@@ -641,8 +644,8 @@ func (e *endpoint) send(ctx context.Context, q call) (*http.Response, error) {
 
 func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error) {
 	l := e.lifeline(ctx, q.op)
-	var reached connection
-	req, err := e.request(l, q, &reached)
+	reached := &connection{line: l, body: q.body}
+	req, err := e.request(l, q, reached)
 	if err != nil {
 		l.end()
 		return nil, err
@@ -654,7 +657,7 @@ func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error)
 			if resp != nil {
 				_ = resp.Body.Close()
 			}
-			err = e.unanswered(l, q, req, &reached, err)
+			err = e.unanswered(l, q, req, reached, err)
 			l.end()
 			return nil, err
 		}
@@ -771,10 +774,14 @@ type lifeline struct {
 	over  bool          // nothing starts the timer again
 }
 
-var (
-	errSilent = errors.New("nothing came")     // the cause of a call that ended for want of an answer
-	errOver   = errors.New("the call is over") // the cause of one that ended as it should
-)
+// errOver is the cause of a call that ended as it should.
+var errOver = errors.New("the call is over")
+
+// silence is the cause of a call that ended for want of an answer.
+type silence time.Duration
+
+func (s silence) Error() string { return fmt.Sprintf("the pod was silent for %s", time.Duration(s)) }
+func (s silence) Timeout() bool { return true }
 
 func (e *endpoint) lifeline(parent context.Context, op string) *lifeline {
 	l := &lifeline{endpoint: e, op: op, limit: e.timing.Request}
@@ -784,7 +791,7 @@ func (e *endpoint) lifeline(parent context.Context, op string) *lifeline {
 		l.cancel(ErrClosed)
 	}
 	if l.limit > 0 {
-		l.timer = time.AfterFunc(l.limit, func() { l.cancel(errSilent) })
+		l.timer = time.AfterFunc(l.limit, l.silent)
 	}
 	return l
 }
@@ -806,10 +813,17 @@ func (l *lifeline) restart(limit time.Duration) {
 	switch {
 	case l.limit < 0:
 	case l.timer == nil:
-		l.timer = time.AfterFunc(l.limit, func() { l.cancel(errSilent) })
+		l.timer = time.AfterFunc(l.limit, l.silent)
 	default:
 		l.timer.Reset(l.limit)
 	}
+}
+
+func (l *lifeline) silent() {
+	l.mu.Lock()
+	limit := l.limit
+	l.mu.Unlock()
+	l.cancel(silence(limit))
 }
 
 // pause stops the time until watch.
@@ -834,15 +848,14 @@ func (l *lifeline) cut() *Error {
 		return nil
 	}
 	e := &Error{Op: l.op, Pod: l.endpoint.opts.name}
+	var s silence
 	switch cause := context.Cause(l.ctx); {
 	case errors.Is(cause, errOver):
 		return nil
 	case errors.Is(cause, ErrClosed):
 		e.Category, e.Err = CategoryClosed, ErrClosed
-	case errors.Is(cause, errSilent):
-		l.mu.Lock()
-		e.Category, e.Err = CategoryTimeout, fmt.Errorf("the pod was silent for %s", l.limit)
-		l.mu.Unlock()
+	case errors.As(cause, &s):
+		e.Category, e.Err = CategoryTimeout, s
 	default:
 		e.Category, e.Err = CategoryContext, endOf(l.ctx)
 	}
@@ -850,7 +863,11 @@ func (l *lifeline) cut() *Error {
 }
 
 // connection is how far a request got.
-type connection struct{ state atomic.Int32 }
+type connection struct {
+	line  *lifeline
+	body  *outgoing // nil: none
+	state atomic.Int32
+}
 
 const (
 	connectionUntold int32 = iota // a RoundTripper that does not tell
@@ -861,7 +878,27 @@ const (
 func (c *connection) trace() *httptrace.ClientTrace {
 	return &httptrace.ClientTrace{
 		GetConn: func(string) { c.state.Store(connectionSought) },
-		GotConn: func(httptrace.GotConnInfo) { c.state.Store(connectionMade) },
+		GotConn: c.made,
+	}
+}
+
+// made asks confirm before the headers go out: there are routes that act without reading a body. If it refuses, the connection is
+// spoilt for writing, because nothing else keeps an HTTP/1 transport from sending the headers. HTTP/2 heeds the ctx.
+func (c *connection) made(info httptrace.GotConnInfo) {
+	c.state.Store(connectionMade)
+	if c.body == nil || c.body.confirm == nil {
+		return
+	}
+	refusal := c.body.ask(true)
+	if refusal == nil {
+		return
+	}
+	c.line.cancel(refusal)
+	if t, ok := info.Conn.(*tls.Conn); ok && t.ConnectionState().NegotiatedProtocol == "h2" {
+		return // others' requests are on it
+	}
+	if err := info.Conn.SetWriteDeadline(time.Unix(1, 0)); err != nil {
+		_ = info.Conn.Close()
 	}
 }
 
@@ -899,7 +936,7 @@ func (e *endpoint) unanswered(l *lifeline, q call, req *http.Request, reached *c
 	}
 	// A transport sends a POST again only when nothing of it went out before. So a body that was read and a last try that got no
 	// connection is a request of which nothing was sent.
-	if !left || reached.state.Load() == connectionSought {
+	if reached.state.Load() == connectionSought || !left && q.needsBody {
 		failed.Err = &unsent{failed.Err}
 	}
 	return failed
@@ -1071,6 +1108,7 @@ type outgoing struct {
 	sealed  bool
 	left    bool
 	sent    int64
+	asked   bool          // confirm, for the connection at hand
 	refusal error         // confirm's
 	broken  error         // the reader's
 	reading chan struct{} // closed when the Read that is under way is done
@@ -1127,25 +1165,30 @@ func (o *outgoing) settled(ctx context.Context) {
 
 var errSealed = errors.New("the request is over")
 
-// begin asks confirm; an error stops the request before any of its body is out.
+// ask asks confirm, once for each connection; an error stops the request before any of its body is out.
+func (o *outgoing) ask(connected bool) error {
+	refusal := o.confirm()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.asked, o.refusal = connected, refusal
+	return refusal
+}
+
+// begin lets the first byte out, if confirm agrees.
 func (o *outgoing) begin() error {
 	o.mu.Lock()
-	sealed := o.sealed
+	sealed, asked, refusal := o.sealed, o.asked, o.refusal
+	o.asked = false // a replay asks again
 	o.mu.Unlock()
-	if sealed {
-		return errSealed
+	if !sealed && !asked && o.confirm != nil {
+		refusal = o.ask(false) // the transport did not tell of its connection
 	}
-	var refusal error
-	if o.confirm != nil {
-		refusal = o.confirm()
+	if refusal != nil {
+		return refusal
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	switch {
-	case refusal != nil:
-		o.refusal = refusal
-		return refusal
-	case o.sealed:
+	if o.sealed {
 		return errSealed
 	}
 	o.left = true
@@ -1235,7 +1278,8 @@ func (e *endpoint) get(ctx context.Context, op, path string, query url.Values, l
 
 // post sends JSON, one try. confirm may be nil; its error stops the request so that the pod cannot have acted on it.
 func (e *endpoint) post(ctx context.Context, op, path string, body []byte, confirm func() error) ([]byte, error) {
-	_, answer, err := e.read(ctx, call{op: op, method: http.MethodPost, path: path, body: jsonBody(body, confirm)}, smallReply)
+	q := call{op: op, method: http.MethodPost, path: path, body: jsonBody(body, confirm), needsBody: path == "/queue"}
+	_, answer, err := e.read(ctx, q, smallReply)
 	return answer, err
 }
 
@@ -1258,7 +1302,7 @@ func (o postOutcome) String() string {
 func (e *endpoint) postPrompt(ctx context.Context, body []byte, confirm func() error) (wire.PromptReply, postOutcome, error) {
 	const op = "post prompt"
 	q := call{
-		op: op, method: http.MethodPost, path: "/prompt", body: jsonBody(body, confirm),
+		op: op, method: http.MethodPost, path: "/prompt", body: jsonBody(body, confirm), needsBody: true,
 		accept: func(status int) bool { return status == http.StatusConflict },
 	}
 	resp, answer, err := e.read(ctx, q, largeReply)
@@ -1307,6 +1351,7 @@ func (e *endpoint) queue(ctx context.Context, withGraphs bool) (running, pending
 	if running, pending, err = wire.Queue(body, withGraphs); err != nil {
 		return nil, nil, 0, e.malformed(op, resp, body, err)
 	}
+	e.health.answered()
 	return running, pending, len(body), nil
 }
 
@@ -1328,6 +1373,7 @@ func (e *endpoint) queueRemaining(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, e.malformed(op, resp, body, err)
 	}
+	e.health.answered()
 	return *answer.ExecInfo.QueueRemaining, nil
 }
 
@@ -1408,7 +1454,7 @@ func (e *endpoint) cancelJob(ctx context.Context, promptID string, confirm func(
 	}
 	q := call{
 		op: op, method: http.MethodPost, path: "/api/jobs/" + url.PathEscape(promptID) + "/cancel", accept: isNoRoute,
-		body: jsonBody([]byte("{}"), confirm), // the route reads none; confirm needs one
+		body: jsonBody([]byte("{}"), confirm), // the route reads none
 	}
 	resp, body, err := e.read(ctx, q, smallReply)
 	if err != nil {
@@ -1503,6 +1549,7 @@ func (e *endpoint) systemStats(ctx context.Context) (wire.SystemStats, error) {
 	if err != nil {
 		return wire.SystemStats{}, e.malformed(op, resp, body, err)
 	}
+	e.health.answered()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.known = stats.Version
@@ -1681,7 +1728,7 @@ func (e *endpoint) upload(ctx context.Context, f *uploadFile) (FileRef, error) {
 	if err != nil {
 		return FileRef{}, &Error{Op: f.op, Pod: e.opts.name, Category: CategoryValidation, Err: err}
 	}
-	resp, answer, err := e.read(ctx, call{op: f.op, method: http.MethodPost, path: f.path, body: body}, smallReply)
+	resp, answer, err := e.read(ctx, call{op: f.op, method: http.MethodPost, path: f.path, body: body, needsBody: true}, smallReply)
 	_, _, _ = body.seal()
 	body.settled(ctx)
 	if err != nil {
@@ -1763,4 +1810,16 @@ func (e *endpoint) view(ctx context.Context, query url.Values, header http.Heade
 			return status == http.StatusNotModified || status == http.StatusRequestedRangeNotSatisfiable
 		},
 	})
+}
+
+// ignoresPromptIDs tells whether the pod names prompts itself, whatever the POST says: before 0.3.45. Where the pod tells no version
+// it is taken for a new one.
+func (e *endpoint) ignoresPromptIDs(ctx context.Context) bool {
+	version, err := e.version(ctx)
+	return err == nil && version != "" && !atLeast(version, 0, 3, 45)
+}
+
+// newestHistory reads the newest n entries, oldest first, one try.
+func (e *endpoint) newestHistory(ctx context.Context, n int) ([]wire.HistoryEntry, error) {
+	return e.historyEntries(ctx, "/history", url.Values{"max_items": {strconv.Itoa(n)}}, false)
 }

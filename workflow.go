@@ -751,3 +751,16 @@ func (g *graphInfo) node(id string) (class, title string, ok bool) {
 
 // len is the number of nodes in the workflow. Which of them will run only the server knows: those that lead to an output node.
 func (g *graphInfo) len() int { return len(g.nodes) }
+
+// plannedSteps is the number of steps that a node says in its inputs that it will make; 0: it says none, or a link does.
+func (n *graphNode) plannedSteps() float64 {
+	raw := rawjson.Field(rawjson.Field(n.raw, "inputs"), "steps")
+	if len(raw) == 0 || rawjson.Kind(raw) != 0 {
+		return 0
+	}
+	steps, err := strconv.ParseFloat(string(raw), 64)
+	if err != nil || math.IsNaN(steps) {
+		return 0
+	}
+	return steps
+}

@@ -1,0 +1,1096 @@
+package comfyui
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"math"
+	"net/http"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/comfypod/comfyui/internal/wire"
+)
+
+// What a client does to the pod for its jobs: posting, looking, cancelling. The parts that run on workers touch no state of
+// the tracker's; the parts that run on the tracker's goroutine say so by their receiver.
+
+// promptID names an attempt: two processes that repeat an attempt use the same id, and a job whose record was lost can still
+// be matched to what the pod runs.
+func promptID(jobID, workflowHash string, attempt int) string {
+	return uuid.NewSHA1(promptSpace, fmt.Appendf(nil, "%s\x00%s\x00%d", jobID, workflowHash, attempt)).String()
+}
+
+// promptSpace is the namespace of prompt ids.
+var promptSpace = uuid.NewSHA1(uuid.NameSpaceURL, []byte("https://github.com/comfypod/comfyui"))
+
+// markerKey is the key of extra_data under which a prompt names its job, for pods that ignore prompt ids.
+const markerKey = "comfyui_go"
+
+// secretKeys are the keys of extra_data that the pod takes for secrets.
+var secretKeys = []string{"api_key_comfy_org", "auth_token_comfy_org"}
+
+// secretsOf picks what is sent and never stored.
+func secretsOf(extra map[string]any) map[string]any {
+	var secrets map[string]any
+	for _, key := range secretKeys {
+		if v, ok := extra[key]; ok {
+			if secrets == nil {
+				secrets = map[string]any{}
+			}
+			secrets[key] = v
+		}
+	}
+	return secrets
+}
+
+// ------------------------------------------------------------- submission
+
+// submission is what a worker needs to post one attempt.
+type submission struct {
+	t          *tracker
+	rec        *Record // a copy
+	attempts   []sought
+	look       bool
+	graceUntil time.Time // a former owner's POST may arrive until then
+	free       bool      // free the pod's memory first
+	inputs     []inputFile
+	secrets    map[string]any
+	number     *float64
+	lease      *lease
+	patience   context.Context //nolint:containedctx // ends when no further POST is wanted
+	seen       <-chan struct{} // closed: the stream has shown the prompt
+	posts      int
+}
+
+// submitted is how a submission ended. One of accepted, stopped and err is set.
+type submitted struct {
+	accepted   bool
+	stopped    bool
+	attempt    int
+	promptID   string
+	clientID   string
+	number     float64
+	posts      int // POSTs that were made; 0: it was found
+	nodeErrors map[string]wire.NodeErrors
+	workflow   json.RawMessage // with uploaded names; nil: unchanged
+	err        *Error
+}
+
+// postDue queues the attempt when everything that must come first has.
+func (t *tracker) postDue(j *tracked, now time.Time) {
+	p := &j.posting
+	if j.rec.Accepted || p.queued || p.busy || j.attempt.verdict != nil {
+		return
+	}
+	if j.rec.CancelRequested {
+		t.finishFailed(j, StatusCancelled, j.failure(CategoryCancelled, ErrCancelled), now)
+		t.conclude(j, now)
+		return
+	}
+	if now.Before(j.rec.NextAttempt) {
+		j.at(j.rec.NextAttempt)
+		return
+	}
+	if j.write.attempt < j.rec.Attempt {
+		return // the record comes first: wrote looks again
+	}
+	if !t.streamSettled(j, now) {
+		return
+	}
+	p.queued = true
+	t.queue = append(t.queue, j)
+	t.pump()
+}
+
+// streamSettled tells whether the stream is up, or no longer waited for: so that no frame is missed, but a stream that is
+// known to be down holds nothing up.
+func (t *tracker) streamSettled(j *tracked, now time.Time) bool {
+	if t.pod.stream != StreamConnecting && t.pod.stream != StreamIdle || t.timing.StreamWait <= 0 {
+		return true
+	}
+	if j.posting.streamBy.IsZero() {
+		j.posting.streamBy = now.Add(t.timing.StreamWait)
+	}
+	if now.Before(j.posting.streamBy) {
+		j.at(j.posting.streamBy)
+		return false
+	}
+	return true
+}
+
+// pump starts queued submissions while there is room on the pod and among the workers.
+func (t *tracker) pump() {
+	for len(t.queue) > 0 {
+		posting := int(t.prompts.open.Load())
+		if posting >= posters || t.opts.maxInFlight > 0 && t.inFlight+posting >= t.opts.maxInFlight {
+			return
+		}
+		j := t.queue[0]
+		t.queue[0] = nil
+		t.queue = t.queue[1:]
+		j.posting.queued = false
+		if j.lease == nil || j.concluded || j.attempt.verdict != nil || j.rec.CancelRequested {
+			continue
+		}
+		t.post(j)
+	}
+}
+
+func (t *tracker) post(j *tracked) {
+	now := time.Now()
+	if j.rec.AttemptAt.IsZero() {
+		j.rec.AttemptAt = now
+	}
+	patience, enough := context.WithCancelCause(t.ctx)
+	found := make(chan struct{})
+	j.posting.busy, j.posting.enough, j.posting.found = true, enough, found
+	s := &submission{
+		t: t, rec: j.rec.Clone(), look: j.look, free: j.rec.Failure != nil && j.rec.Failure.Category == CategoryOutOfMemory,
+		inputs: j.inputs, secrets: j.secrets, number: j.number, lease: j.lease, patience: patience, seen: found,
+	}
+	if j.look {
+		s.attempts = t.allAttempts(j)
+		if j.rec.Epoch > 1 {
+			s.graceUntil = minTime(j.rec.AttemptAt, now).Add(max(0, t.timing.Grace))
+		}
+	} else {
+		s.attempts = []sought{{j.rec.JobID, j.rec.PromptID, j.rec.Attempt}}
+	}
+	id, attempt := j.rec.JobID, j.rec.Attempt
+	t.prompts.open.Add(1)
+	t.posting.do(func(ctx context.Context) func() {
+		result := s.run(ctx)
+		return func() { t.submitted(id, attempt, j, result) }
+	})
+}
+
+func minTime(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+// allAttempts are the prompts under which the pod may know the job, the newest first: when a record was lost, its attempts
+// are too.
+func (t *tracker) allAttempts(j *tracked) []sought {
+	most := j.rec.Attempt
+	for _, c := range []Category{CategoryLost, CategoryOutOfMemory, CategoryPodFault, CategoryInterrupted, CategoryExecution, CategoryMissingAsset} {
+		most = max(most, j.rec.Attempt-1+min(t.retrier.attempts(c), maxSoughtAttempts))
+	}
+	all := make([]sought, 0, most)
+	for n := most; n >= 1; n-- {
+		all = append(all, sought{j.rec.JobID, promptID(j.rec.JobID, j.rec.WorkflowHash, n), n})
+	}
+	return all
+}
+
+// maxSoughtAttempts bounds the history reads of one look.
+const maxSoughtAttempts = 8
+
+// submitted takes in how a submission ended.
+func (t *tracker) submitted(jobID string, attempt int, j *tracked, r submitted) {
+	now := time.Now()
+	open := t.prompts.open.Add(-1)
+	defer func() {
+		if open == 0 {
+			t.strays = nil
+		}
+		t.pump()
+	}()
+	j.posting.enough(nil)
+	j.posting.busy, j.posting.enough, j.posting.found = false, nil, nil
+	if t.jobs[jobID] != j || j.lease == nil || j.concluded || j.rec.Attempt != attempt {
+		return
+	}
+	if r.workflow != nil {
+		j.rec.Workflow = r.workflow
+	}
+	switch {
+	case r.accepted:
+		t.contact(now)
+		t.accepted(j, r, now)
+	case r.stopped:
+		if j.attempt.verdict == nil {
+			t.observe(j, obsVerdict{j.failure(CategoryCancelled, ErrCancelled)}, now)
+		}
+		j.left = true
+	default:
+		if CategoryOf(r.err) == CategoryClosed {
+			return
+		}
+		j.left = true
+		if r.err.Category == CategoryNetwork || r.err.Category == CategoryTimeout {
+			t.noteRefusal(r.err, now)
+		}
+		t.observe(j, obsVerdict{r.err}, now)
+	}
+	t.advance(j, now)
+}
+
+// accepted takes in that the pod has the attempt.
+func (t *tracker) accepted(j *tracked, r submitted, now time.Time) {
+	if r.promptID != j.rec.PromptID { // an old pod names prompts itself; or another attempt was found there
+		t.unregister(j)
+		j.rec.PromptID, j.rec.Attempt = r.promptID, r.attempt
+		t.register(j)
+	}
+	j.look = false
+	t.noteNumber(j, r.number)
+	if r.posts > 0 {
+		t.suspectDeaf(now) // each POST makes the pod send a status frame to everyone
+	}
+	var warnings []*Error
+	if len(r.nodeErrors) > 0 {
+		invalid := j.failure(CategoryValidation, validationOf(r.nodeErrors))
+		if !j.rec.Options.AllowPartial {
+			t.observe(j, obsAccepted{promptID: r.promptID, clientID: r.clientID, number: r.number, source: SourcePoll}, now)
+			t.takeOff(j, invalid, now)
+			return
+		}
+		warnings = append(warnings, invalid)
+	}
+	wasAccepted := j.rec.Accepted
+	t.observe(j, obsAccepted{promptID: r.promptID, clientID: r.clientID, number: r.number, warnings: warnings, source: SourcePoll}, now)
+	if wasAccepted { // the stream was faster; it knew no number
+		j.rec.Number, j.rec.ClientID = r.number, r.clientID
+		for _, w := range warnings {
+			t.observe(j, obsWarning{w}, now)
+		}
+	}
+	for i := range t.strays {
+		if m := &t.strays[i]; m.PromptID == r.promptID {
+			t.message(t.stream, m, now)
+		}
+	}
+	if r.posts != 1 {
+		t.lookBy(now) // the POST before may have arrived too
+	} else if t.pod.stream == StreamUp {
+		t.lookBy(now.Add(min(max(t.timing.Poll, 0), t.lookPeriod()))) // where it stands in the queue
+	} else {
+		t.lookBy(now.Add(max(t.timing.Poll, 0)))
+	}
+}
+
+// noteNumber watches the pod's counter: one that goes back belongs to another process.
+func (t *tracker) noteNumber(j *tracked, number float64) {
+	if j.number != nil || j.rec.Options.Front || number != math.Trunc(number) || number < 0 {
+		return
+	}
+	if number < t.pod.highest {
+		t.restarted()
+		j.incarnation = t.pod.incarnation
+		t.lookBy(time.Now())
+	}
+	t.pod.highest = number
+}
+
+// stopPosting makes the submission under way stop at the next safe point.
+func (j *tracked) stopPosting() {
+	if j.posting.enough != nil {
+		j.posting.enough(errNoMorePosts)
+	}
+}
+
+var errNoMorePosts = errors.New("the job is not to be posted any more")
+
+// run brings the attempt onto the pod, or finds it there.
+func (s *submission) run(ctx context.Context) submitted {
+	if s.look {
+		found, err := s.lookThrough(ctx, s.patience, s.graceUntil)
+		switch {
+		case found.accepted:
+			return found
+		case s.patience.Err() != nil:
+			return s.over(ctx)
+		case err != nil:
+			return submitted{err: s.blame(err)}
+		case s.rec.Options.AtMostOnce && s.rec.Epoch > 1 && !s.rec.AttemptAt.IsZero():
+			// A former owner may have posted it.
+			return submitted{err: s.blame(&Error{Category: CategoryUnknown, Err: ErrOutcomeUnknown})}
+		}
+	}
+	workflow, err := s.upload(ctx)
+	if err != nil {
+		return submitted{err: s.blame(err)}
+	}
+	if s.free {
+		if err := s.t.endpoint.freeMemory(ctx, true, true); err != nil {
+			s.t.opts.logger.Warn("comfyui: the pod's memory was not freed", "pod", s.rec.Pod, "job", s.rec.JobID, "error", err)
+		}
+	}
+	var result submitted
+	err = s.t.retrier.do(s.patience, retryOp{op: "submit", jobID: s.rec.JobID, safe: s.mayRepeat}, func(context.Context, int) (err error) {
+		result, err = s.post(ctx)
+		return err
+	})
+	switch {
+	case err == nil:
+	case s.patience.Err() != nil:
+		result = s.over(ctx)
+	default:
+		result = submitted{err: s.blame(err)}
+	}
+	result.workflow = workflow
+	return result
+}
+
+// over is how a submission ends that was told to stop.
+func (s *submission) over(ctx context.Context) submitted {
+	if ctx.Err() != nil {
+		return submitted{err: s.blame(&Error{Category: CategoryClosed, Err: ErrClosed})}
+	}
+	return submitted{stopped: true}
+}
+
+// mayRepeat: what was fenced, and what may have been done once for a job that must not be done twice, is not repeated.
+func (s *submission) mayRepeat(err error) bool {
+	return !errors.Is(err, ErrFenced) && !errors.Is(err, ErrOutcomeUnknown) && !errors.Is(err, ErrPodGone)
+}
+
+// blame makes err an *Error of this attempt.
+func (s *submission) blame(err error) *Error {
+	e := *asError(err)
+	e.Op, e.Pod, e.JobID, e.PromptID, e.Attempt, e.Status = "submit", s.rec.Pod, s.rec.JobID, s.rec.PromptID, s.rec.Attempt, StatusPending
+	return &e
+}
+
+// post makes one POST and, if its answer leaves open whether it arrived, finds out.
+func (s *submission) post(ctx context.Context) (submitted, error) {
+	if s.patience.Err() != nil {
+		return submitted{}, context.Cause(s.patience)
+	}
+	body, err := s.body()
+	if err != nil {
+		return submitted{}, err
+	}
+	s.posts++
+	if s.posts == 1 {
+		s.t.counters.attempts.Add(1)
+	}
+	reply, outcome, err := s.t.endpoint.postPrompt(ctx, body, func() error { return s.lease.confirm(ctx) })
+	switch outcome {
+	case postAccepted:
+		id := reply.PromptID
+		if id == "" { // 409: it was there already
+			id = s.rec.PromptID
+		}
+		return submitted{
+			accepted: true, attempt: s.rec.Attempt, promptID: id, clientID: s.t.opts.clientID, number: reply.Number,
+			nodeErrors: reply.NodeErrors, posts: s.posts,
+		}, nil
+	case postRefused, postUnsent:
+		return submitted{}, err
+	}
+	s.t.counters.ambiguousPosts.Add(1)
+	until := time.Now().Add(max(0, s.t.timing.Grace))
+	if answeredByPod(err) {
+		until = time.Time{}
+	}
+	found, lookErr := s.lookThrough(ctx, ctx, until)
+	switch {
+	case found.accepted:
+		found.posts = s.posts + 1 // so that another copy, still on its way, is looked for
+		return found, nil
+	case lookErr != nil:
+		return submitted{}, errors.Join(lookErr, err)
+	case s.rec.Options.AtMostOnce:
+		return submitted{}, &Error{Category: CategoryUnknown, Err: errors.Join(ErrOutcomeUnknown, err)}
+	}
+	return submitted{}, err
+}
+
+// answeredByPod tells ComfyUI's own 500: its handler has ended, so the prompt is in the queue by now or never will be. A
+// proxy's 502, a time-out or a reset proves nothing of the kind.
+func answeredByPod(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.StatusCode == http.StatusInternalServerError && strings.Contains(err.Error(), "Server got itself in trouble")
+}
+
+// lookThrough looks for the attempt until a time, at least once; while the pod does not answer, through Gone. A ctx that ends
+// patience ends it between two looks.
+func (s *submission) lookThrough(ctx, patience context.Context, until time.Time) (submitted, error) {
+	timing := s.t.timing
+	wait := max(timing.Poll, 50*time.Millisecond)
+	var silent time.Time
+	for {
+		found, err := s.lookOnce(ctx)
+		now := time.Now()
+		switch {
+		case found.accepted:
+			return found, nil
+		case err == nil && !now.Before(until):
+			return submitted{}, nil
+		case err == nil:
+			silent, wait = time.Time{}, max(timing.Poll, 50*time.Millisecond)
+		case ctx.Err() != nil:
+			return submitted{}, err
+		default:
+			if silent.IsZero() {
+				silent = now
+			}
+			if timing.Gone > 0 && now.Sub(silent) >= timing.Gone {
+				return submitted{}, &Error{Category: CategoryOf(ErrPodGone), Err: errors.Join(ErrPodGone, err)}
+			}
+			wait = min(2*wait, 5*time.Second)
+		}
+		pause := wait
+		if left := until.Sub(now); left > 0 && left < pause {
+			pause = left
+		}
+		timer := time.NewTimer(pause)
+		select {
+		case <-timer.C:
+		case <-s.seen:
+		case <-patience.Done():
+		}
+		timer.Stop()
+		if patience.Err() != nil {
+			return submitted{}, context.Cause(patience)
+		}
+	}
+}
+
+// lookOnce looks for any attempt of the job in the pod's queue, then in its history.
+func (s *submission) lookOnce(ctx context.Context) (submitted, error) {
+	select {
+	case <-s.seen:
+		return submitted{accepted: true, attempt: s.rec.Attempt, promptID: s.rec.PromptID, clientID: s.t.opts.clientID}, nil
+	default:
+	}
+	r := &reconciler{endpoint: s.t.endpoint, started: time.Now(), wanted: s.attempts, byMarker: true}
+	r.run(ctx)
+	for _, w := range s.attempts {
+		if spot := r.spots[w.promptID]; spot.place > placeAbsent {
+			client := spot.clientID
+			if client == "" {
+				client = s.rec.ClientID
+			}
+			return submitted{accepted: true, attempt: spot.attempt, promptID: spot.promptID, clientID: client, number: spot.number}, nil
+		}
+	}
+	return submitted{}, r.err
+}
+
+// upload puts the job's files on the pod and returns the workflow with the names that the pod gave them; nil: it has none.
+func (s *submission) upload(ctx context.Context) (json.RawMessage, error) {
+	if len(s.inputs) == 0 {
+		return nil, nil
+	}
+	w, err := ParseWorkflow(s.rec.Workflow)
+	if err != nil {
+		return nil, err
+	}
+	for _, in := range s.inputs {
+		ref, err := s.uploadOne(ctx, in)
+		if err != nil {
+			return nil, fmt.Errorf("input %q of node %q: %w", in.input, in.node, err)
+		}
+		if err := w.Set(in.node, in.input, ref); err != nil {
+			return nil, err
+		}
+	}
+	return w.MarshalJSON()
+}
+
+func (s *submission) uploadOne(ctx context.Context, in inputFile) (ref FileRef, err error) {
+	err = s.t.retrier.do(s.patience, retryOp{op: "upload", jobID: s.rec.JobID}, func(context.Context, int) error {
+		file, err := in.open(ctx)
+		if err != nil {
+			return &Error{Category: CategoryValidation, Err: fmt.Errorf("opening %q: %w", in.name, err)}
+		}
+		ref, err = s.t.client.Upload(ctx, in.name, file)
+		if cerr := file.Close(); err == nil && cerr != nil {
+			err = &Error{Category: CategoryValidation, Err: cerr}
+		}
+		return err
+	})
+	return ref, err
+}
+
+// body is the request of the next POST.
+func (s *submission) body() ([]byte, error) {
+	extra, err := s.extraData()
+	if err != nil {
+		return nil, err
+	}
+	var b bytes.Buffer
+	b.Grow(len(s.rec.Workflow) + len(extra) + 256)
+	b.WriteString(`{"prompt":`)
+	b.Write(s.rec.Workflow)
+	write := func(key string, v any) {
+		raw, _ := json.Marshal(v) // strings, finite numbers and booleans
+		fmt.Fprintf(&b, ",%q:%s", key, raw)
+	}
+	write("client_id", s.t.opts.clientID)
+	write("prompt_id", s.rec.PromptID)
+	if s.number != nil {
+		// An equal number under an equal id makes the pod compare graphs, which can stop its worker (server.md §1).
+		number := *s.number
+		for range s.posts {
+			number = math.Nextafter(number, math.Inf(1))
+		}
+		write("number", number)
+	} else if s.rec.Options.Front {
+		write("front", true)
+	}
+	b.WriteString(`,"extra_data":`)
+	b.Write(extra)
+	b.WriteByte('}')
+	return b.Bytes(), nil
+}
+
+// extraData is the caller's, the secrets, and the marker.
+func (s *submission) extraData() ([]byte, error) {
+	extra := map[string]any{}
+	if len(s.rec.ExtraData) > 0 {
+		stored := map[string]json.RawMessage{}
+		if err := json.Unmarshal(s.rec.ExtraData, &stored); err != nil {
+			return nil, &Error{Category: CategoryValidation, Err: fmt.Errorf("extra data: %w", err)}
+		}
+		for k, v := range stored {
+			extra[k] = v
+		}
+	}
+	if key := s.t.opts.apiKey; key != "" {
+		extra["api_key_comfy_org"] = key
+	}
+	maps.Copy(extra, s.secrets)
+	extra[markerKey] = map[string]any{"job_id": s.rec.JobID, "attempt": s.rec.Attempt, "nonce": uuid.NewString()}
+	return json.Marshal(extra)
+}
+
+// ------------------------------------------------------------------ looking
+
+// sought is an attempt that is looked for.
+type sought struct {
+	jobID, promptID string
+	attempt         int
+}
+
+type place int
+
+const (
+	placeUnknown place = iota // the pod did not say
+	placeAbsent
+	placePending
+	placeRunning
+	placeHistory
+)
+
+// spot is where the pod has an attempt.
+type spot struct {
+	place    place
+	promptID string // as the pod names it
+	clientID string
+	attempt  int
+	number   float64
+	ahead    int
+	copies   int    // of it in the queue
+	stray    string // another pending prompt of the same attempt
+	entry    *wire.HistoryEntry
+}
+
+// reconciler is one look at the pod: its queue first and then, for what is not there, its history. The other way round a job
+// that ends in between would be in neither (server.md §3.8).
+type reconciler struct {
+	endpoint    *endpoint
+	started     time.Time
+	wanted      []sought
+	byMarker    bool   // an old pod may know the attempts by their marker only
+	heavy       bool   // the queue is large: ask for single jobs where the pod can do that
+	fingerprint bool   // compare the process with the one before
+	oldest      string // its oldest history entry
+	ended       string // a history entry that was read
+
+	err      error
+	whole    bool // the whole queue was read
+	cost     time.Duration
+	bytes    int
+	shape    queueShape
+	spots    map[string]spot // by the prompt id that was sought
+	evidence evidence
+}
+
+// evidence is what the history says of the process.
+type evidence struct {
+	taken  bool
+	oldest string
+	same   bool // an entry that was seen before is still there
+	gone   bool // none of those is
+	empty  bool // there is none at all
+}
+
+const (
+	heavyQueue    = 256 << 10 // bytes of a reply from which single jobs are asked for instead
+	fewJobs       = 4         // at most so many
+	historyReads  = 4         // at one time
+	markerHistory = 128       // newest entries searched for a marker
+)
+
+func (r *reconciler) run(ctx context.Context) {
+	r.spots = make(map[string]spot, len(r.wanted))
+	if !r.heavy || len(r.wanted) > fewJobs || !r.lookSingly(ctx) {
+		r.lookAtQueue(ctx)
+	}
+	if r.err == nil {
+		r.lookAtHistory(ctx)
+	}
+	if r.err == nil && r.fingerprint {
+		r.takeFingerprint(ctx)
+	}
+}
+
+// lookSingly asks for each job; false: this pod cannot do that.
+func (r *reconciler) lookSingly(ctx context.Context) bool {
+	start := time.Now()
+	for _, w := range r.wanted {
+		job, supported, err := r.endpoint.apiJob(ctx, w.promptID)
+		if err != nil || !supported {
+			r.err = err
+			return err != nil
+		}
+		at := spot{place: placeAbsent, promptID: w.promptID, attempt: w.attempt, ahead: -1, copies: 1}
+		if job != nil {
+			at.number = job.Number
+			switch job.Status {
+			case "pending":
+				at.place = placePending
+			case "in_progress":
+				at.place = placeRunning
+			}
+		}
+		r.spots[w.promptID] = at
+	}
+	r.cost = time.Since(start)
+	return true
+}
+
+func (r *reconciler) lookAtQueue(ctx context.Context) {
+	start := time.Now()
+	running, pending, size, err := r.endpoint.queue(ctx, false)
+	if err != nil {
+		r.err = err
+		return
+	}
+	r.whole, r.cost, r.bytes = true, time.Since(start), size
+	r.shape = queueShape{running: len(running), pending: len(pending)}
+	if len(running) > 0 {
+		r.shape.first = running[0].PromptID
+	}
+	byPrompt := make(map[string]*spot, len(r.wanted))
+	byMarker := make(map[marked]*spot, len(r.wanted))
+	for _, w := range r.wanted {
+		s := &spot{place: placeAbsent, promptID: w.promptID, attempt: w.attempt, ahead: -1}
+		byPrompt[w.promptID], byMarker[marked{w.jobID, w.attempt}] = s, s
+	}
+	take := func(item *wire.QueueItem, at place, ahead int) {
+		s := byPrompt[item.PromptID]
+		if s == nil {
+			if s = byMarker[marked{item.Marker.JobID, item.Marker.Attempt}]; s == nil {
+				return
+			}
+			if s.place > placeAbsent { // the attempt has been seen under its own id, or this is the second that has not
+				if at == placePending {
+					s.stray = item.PromptID
+				}
+				return
+			}
+			s.promptID = item.PromptID
+		}
+		s.copies++
+		if s.place <= placeAbsent {
+			s.place, s.number, s.ahead, s.clientID = at, item.Number, ahead, item.ClientID
+		}
+	}
+	for i := range running {
+		take(&running[i], placeRunning, 0)
+	}
+	for i := range pending {
+		take(&pending[i], placePending, len(running)+i)
+	}
+	for id, s := range byPrompt {
+		r.spots[id] = *s
+	}
+}
+
+// marked names an attempt as its marker does.
+type marked struct {
+	jobID   string
+	attempt int
+}
+
+// lookAtHistory reads the entries of what is not in the queue.
+func (r *reconciler) lookAtHistory(ctx context.Context) {
+	var absent []string
+	for id, s := range r.spots {
+		if s.place == placeAbsent {
+			absent = append(absent, id)
+		}
+	}
+	var mu sync.Mutex
+	var wg sync.WaitGroup
+	read := func(ids []string) {
+		for _, id := range ids {
+			entry, err := r.endpoint.history(ctx, id)
+			mu.Lock()
+			r.tookEntry(id, entry, err)
+			failed := r.err != nil
+			mu.Unlock()
+			if failed {
+				return
+			}
+		}
+	}
+	if len(absent) <= historyReads {
+		read(absent)
+	} else {
+		for part := range slices.Chunk(absent, (len(absent)+historyReads-1)/historyReads) {
+			wg.Go(func() { read(part) })
+		}
+		wg.Wait()
+	}
+	if r.byMarker && r.err == nil {
+		r.searchMarkers(ctx)
+	}
+}
+
+func (r *reconciler) tookEntry(id string, entry *wire.HistoryEntry, err error) {
+	s := r.spots[id]
+	switch {
+	case err != nil:
+		r.err = err
+		s.place = placeUnknown
+	case entry != nil:
+		s.place, s.entry, s.number, s.clientID = placeHistory, entry, entry.Number, entry.ClientID
+	}
+	r.spots[id] = s
+}
+
+// searchMarkers looks through the newest history of a pod that names prompts itself.
+func (r *reconciler) searchMarkers(ctx context.Context) {
+	missing := map[marked]string{}
+	for _, w := range r.wanted {
+		if r.spots[w.promptID].place == placeAbsent {
+			missing[marked{w.jobID, w.attempt}] = w.promptID
+		}
+	}
+	if len(missing) == 0 || !r.endpoint.ignoresPromptIDs(ctx) {
+		return
+	}
+	entries, err := r.endpoint.newestHistory(ctx, markerHistory)
+	if err != nil {
+		r.err = err
+		return
+	}
+	for i := range entries {
+		e := &entries[i]
+		if id, ok := missing[marked{e.Marker.JobID, e.Marker.Attempt}]; ok {
+			s := r.spots[id]
+			s.place, s.entry, s.promptID, s.number, s.clientID = placeHistory, e, e.PromptID, e.Number, e.ClientID
+			r.spots[id] = s
+		}
+	}
+}
+
+// takeFingerprint compares the history with what was seen of it before: entries do not vanish while a process lives, but for
+// the oldest of ten thousand and what somebody deletes.
+func (r *reconciler) takeFingerprint(ctx context.Context) {
+	entry, err := r.endpoint.oldestHistory(ctx)
+	if err != nil {
+		r.err = err
+		return
+	}
+	e := evidence{taken: true, empty: entry == nil}
+	if entry != nil {
+		e.oldest = entry.PromptID
+	}
+	e.same = e.oldest != "" && e.oldest == r.oldest
+	known := 0
+	for _, id := range []string{r.oldest, r.ended} {
+		if id == "" || e.same {
+			continue
+		}
+		known++
+		still, err := r.endpoint.history(ctx, id)
+		if err != nil {
+			r.err = err
+			return
+		}
+		e.same = still != nil
+	}
+	e.gone = known > 0 && !e.same
+	r.evidence = e
+}
+
+// isRefusal tells whether an error says that no process answers at the pod's address: a refused connection, or a proxy's word.
+func isRefusal(err error) bool {
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return true
+	}
+	var e *Error
+	if !errors.As(err, &e) {
+		return false
+	}
+	switch e.StatusCode {
+	case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout, 520, 521, 522, 523, 524:
+		return true
+	}
+	return false
+}
+
+// ---------------------------------------------------------------- cancelling
+
+// cancelState is the wish to take a job off the pod.
+type cancelState struct {
+	until   time.Time // tried until then, and as long as somebody waits
+	waiters map[*cancelWaiter]struct{}
+	busy    bool
+	next    time.Time
+	tries   int
+	touched bool // the pod has said that it took the prompt out or will stop it
+}
+
+// cancelWaiter is one call of Job.Cancel.
+type cancelWaiter struct{ done chan error } // buffered
+
+// release answers everyone who waits.
+func (c *cancelState) release(err error) {
+	for w := range c.waiters {
+		w.done <- err
+	}
+	clear(c.waiters)
+}
+
+// stop gives the wish up; those who wait go on waiting for the job's end.
+func (c *cancelState) stop() { c.until = time.Time{} }
+
+// wantCancel has the job taken off the pod, for as long as Timing.Cancel.
+func (t *tracker) wantCancel(j *tracked, now time.Time) {
+	if until := now.Add(t.timing.Cancel); until.After(j.cancel.until) {
+		j.cancel.until = until
+	}
+	j.cancel.next = now
+	j.stopPosting()
+}
+
+// cancelByContext is CancelWithContext: the intent is recorded first, as for every cancel.
+func (t *tracker) cancelByContext(jobID string) {
+	j := t.jobs[jobID]
+	if j == nil || j.concluded || j.finished {
+		return
+	}
+	t.errand.do(func(ctx context.Context) func() {
+		ctx, cancel := context.WithTimeout(ctx, t.timing.Cancel)
+		defer cancel()
+		_, err := t.store.RequestCancel(ctx, jobID)
+		return func() {
+			if err != nil {
+				t.opts.logger.Warn("comfyui: the cancel was not recorded", "pod", t.opts.name, "job", jobID, "error", err)
+			}
+			t.cancelRequested(jobID, nil)
+		}
+	})
+}
+
+// cancelRequested starts the cancel of a job whose record says so; w, if any, waits for its end.
+func (t *tracker) cancelRequested(jobID string, w *cancelWaiter) {
+	j, now := t.jobs[jobID], time.Now()
+	if j == nil || j.finished {
+		if w != nil {
+			w.done <- nil
+		}
+		return
+	}
+	if w != nil {
+		if j.cancel.waiters == nil {
+			j.cancel.waiters = map[*cancelWaiter]struct{}{}
+		}
+		j.cancel.waiters[w] = struct{}{}
+	}
+	j.rec.CancelRequested = true
+	if j.lease != nil {
+		if w == nil {
+			t.wantCancel(j, now)
+		}
+		j.cancel.next = now
+		j.stopPosting()
+	}
+	j.follow.at = now
+	t.advance(j, now)
+}
+
+// cancelDue tries to take the prompt off the pod, again and again: an interrupt is one flag, reset when a job starts, and can
+// be lost (server.md §3.7).
+func (t *tracker) cancelDue(j *tracked, now time.Time) {
+	c := &j.cancel
+	wanted := j.leaving || j.rec.CancelRequested
+	if !wanted || c.busy || j.left || !j.rec.Accepted || len(c.waiters) == 0 && !now.Before(c.until) {
+		return
+	}
+	if now.Before(c.next) {
+		j.at(c.next)
+		return
+	}
+	c.busy = true
+	id, prompt, lease := j.rec.JobID, j.rec.PromptID, j.lease
+	t.errand.do(func(ctx context.Context) func() {
+		touched, err := t.cancelOnPod(ctx, prompt, lease)
+		return func() { t.cancelTried(id, prompt, touched, err) }
+	})
+}
+
+// cancelAgain is the time between two tries.
+const cancelAgain = time.Second
+
+func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
+	j, now := t.jobs[jobID], time.Now()
+	if j == nil || j.lease == nil || j.concluded {
+		return
+	}
+	c := &j.cancel
+	c.busy = false
+	c.tries++
+	if j.rec.PromptID != promptID {
+		t.advance(j, now)
+		return
+	}
+	c.touched = c.touched || touched
+	c.next = now.Add(cancelAgain)
+	switch {
+	case err == nil:
+		t.contact(now)
+	case CategoryOf(err) == CategoryConflict && !errors.Is(err, ErrFenced):
+		// It cannot be done without hitting another's job: the job goes on.
+		j.rec.CancelRequested = false
+		c.until = now
+		c.release(j.failure(CategoryConflict, err))
+	default:
+		t.noContact(err, now)
+	}
+	t.lookBy(now)
+	t.advance(j, now)
+}
+
+// cancelOnPod makes one try. touched: the pod has said that it hit the prompt.
+func (t *tracker) cancelOnPod(ctx context.Context, promptID string, l *lease) (touched bool, err error) {
+	confirm := func() error { return l.confirm(ctx) }
+	supported, cancelled, err := t.endpoint.cancelJob(ctx, promptID, confirm)
+	if err != nil || supported {
+		return cancelled, err
+	}
+	r := &reconciler{endpoint: t.endpoint, started: time.Now(), wanted: []sought{{promptID: promptID}}}
+	r.lookAtQueue(ctx)
+	if r.err != nil {
+		return false, r.err
+	}
+	switch r.spots[promptID].place {
+	case placePending:
+		return true, t.endpoint.deleteQueued(ctx, confirm, promptID)
+	case placeRunning:
+		return true, t.interruptRunning(ctx, promptID, r.shape, confirm)
+	}
+	return false, nil
+}
+
+// interruptRunning stops the prompt that runs. A pod before 0.3.57 ignores the id and stops whatever runs when the request
+// arrives: there it is done only when no other job could be hit.
+func (t *tracker) interruptRunning(ctx context.Context, promptID string, shape queueShape, confirm func() error) error {
+	targeted, err := t.endpoint.interruptsByID(ctx)
+	if err != nil {
+		return err
+	}
+	if !targeted && (shape.pending > 0 || shape.running > 1) {
+		return &Error{
+			Op: "cancel", Pod: t.opts.name, PromptID: promptID, Category: CategoryConflict,
+			Err: errors.New("this pod cannot interrupt one prompt by its id, and others wait in its queue that might be hit; cancel it when they are gone, or update ComfyUI to 0.3.57 or later"),
+		}
+	}
+	return t.endpoint.interrupt(ctx, promptID, confirm)
+}
+
+// removeDuplicate takes one pending copy of a prompt out of the queue; the next look shows whether there are more.
+func (t *tracker) removeDuplicate(j *tracked, promptID string) {
+	if j.cancel.busy {
+		return
+	}
+	j.cancel.busy = true
+	id, lease := j.rec.JobID, j.lease
+	t.errand.do(func(ctx context.Context) func() {
+		err := t.endpoint.deleteQueued(ctx, func() error { return lease.confirm(ctx) }, promptID)
+		return func() {
+			now := time.Now()
+			if err == nil {
+				t.counters.duplicatesRemoved.Add(1)
+			}
+			t.lookBy(now)
+			if j := t.jobs[id]; j != nil {
+				j.cancel.busy = false
+				t.advance(j, now)
+			}
+		}
+	})
+}
+
+// Cancel takes the job off the pod and returns nil when it has ended, however it did: see Wait. The intent is recorded first,
+// so that whoever drives the job honours it. The cancel is verified and issued again until the job has ended or ctx ends
+// (CategoryContext: the job may still end as cancelled). CategoryConflict: a pod before ComfyUI 0.3.57 runs it and cannot
+// stop it without risk to the jobs of others; the job goes on.
+func (j *Job) Cancel(ctx context.Context) error {
+	select {
+	case <-j.done:
+		_, err := j.outcome()
+		if errors.Is(err, ErrClosed) {
+			return err
+		}
+		return nil
+	default:
+	}
+	t, err := j.client.running("cancel")
+	if err != nil {
+		return err
+	}
+	if _, err := t.store.RequestCancel(ctx, j.id); err != nil && !errors.Is(err, ErrJobNotFound) {
+		return j.client.storeError("cancel", j.id, err)
+	}
+	w := &cancelWaiter{done: make(chan error, 1)}
+	if !t.tell(func() { t.cancelRequested(j.id, w) }) {
+		return j.client.closedError("cancel")
+	}
+	select {
+	case err := <-w.done:
+		return err
+	case <-j.done:
+		return nil
+	case <-ctx.Done():
+		t.tell(func() { t.dropWaiter(j.id, w) })
+		return j.contextError("cancel", ctx)
+	}
+}
+
+func (t *tracker) dropWaiter(jobID string, w *cancelWaiter) {
+	if j := t.jobs[jobID]; j != nil {
+		delete(j.cancel.waiters, w)
+	}
+}
+
+// asError makes err an *Error, with the category that its chain tells; nil stays nil.
+func asError(err error) *Error {
+	if err == nil {
+		return nil
+	}
+	var e *Error
+	if errors.As(err, &e) && error(e) == err { //nolint:errorlint // only err itself is kept as it is
+		return e
+	}
+	return &Error{Category: CategoryOf(err), Err: err}
+}

@@ -1,0 +1,1893 @@
+package comfyui
+
+import (
+	"container/heap"
+	"context"
+	"errors"
+	"math"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/comfypod/comfyui/internal/wire"
+)
+
+const (
+	// posters bounds the submissions under way at one time, and with them what a pod that answers slowly has to bear.
+	posters = 16
+	// errands bounds the other calls under way: history reads, cancels, looks at the store.
+	errands = 8
+	// writers bounds the store writes under way.
+	writers = 4
+	// frameBuffer is how many decoded frames wait for the tracker.
+	frameBuffer = 256
+	// streamLinger is how long the stream stays up after the last job, for the next one.
+	streamLinger = time.Minute
+	// maxStrays bounds the frames kept for prompts that are not known yet, while a POST has no answer.
+	maxStrays = 256
+	// maxAdopted bounds the streams opened under the client ids of former owners.
+	maxAdopted = 4
+)
+
+// tracker follows all jobs of a client. One goroutine, run, owns their state; the stream and the workers hand it what they
+// learn. It does no I/O itself and calls no function of the caller's.
+type tracker struct {
+	client   *PodClient
+	opts     *options
+	timing   Timing
+	endpoint *endpoint
+	retrier  *retrier
+	counters *counters
+	store    Store
+	owner    string // random: the identity behind leases
+
+	ctx     context.Context //nolint:containedctx // the life of the tracker's goroutines
+	cancel  context.CancelCauseFunc
+	wg      sync.WaitGroup
+	stopped chan struct{} // closed when run has ended
+	mail    mailbox
+	frames  chan frame
+	prompts promptSet
+	hook    *callback // Hooks.Event; nil: none
+	gauges  gauges
+
+	posting, errand, writing *crew
+
+	// Below: owned by run.
+	jobs     map[string]*tracked
+	byPrompt map[string]*tracked
+	wakes    wakeHeap
+	queue    []*tracked // ready to be posted, in order
+	strays   []wire.Message
+	inFlight int // jobs that are on the pod or being posted
+	stream   *stream
+	adopted  map[string]*stream
+	current  map[*stream]string // the prompt that a stream's frames last named
+	pod      podView
+	due      dues
+}
+
+// gauges are what Stats reads of the tracker's state.
+type gauges struct {
+	following, owned, unwritten atomic.Int64
+	stream                      atomic.Value // StreamState
+}
+
+// podView is what is known of the pod as a whole.
+type podView struct {
+	stream       StreamState
+	upSince      time.Time // of the stream; zero while it is not up
+	heard        bool      // the stream brought more than its greeting since it came up
+	everUp       bool
+	lostAt       time.Time // when the stream last ended
+	refusedAt    time.Time // when the pod last refused a connection or a proxy said that it is not there
+	contactAt    time.Time // when the pod last answered
+	silentSince  time.Time // the first failure since then; zero: none
+	incarnation  int       // raised by every restart that is proven
+	highest      float64   // the highest number that the pod's own counter gave
+	oldest       string    // its oldest history entry, when last seen
+	ended        string    // the newest history entry that was read
+	movedAt      time.Time // when its queue last changed
+	shape        queueShape
+	remaining    int           // of the last status frame; -1: not known
+	cost         time.Duration // of the last look
+	queueBytes   int
+	failures     int // looks that failed in a row
+	poison       error
+	poisonedAt   time.Time
+	fingerprints bool // a fingerprint is wanted with the next look
+}
+
+// queueShape tells one state of the pod's queue from another.
+type queueShape struct {
+	running, pending int
+	first            string
+}
+
+// dues are the tracker's own appointments; zero: none.
+type dues struct {
+	look, renew, deaf, linger time.Time
+	looking, renewing         bool
+	deafCount                 int64
+}
+
+func newTracker(c *PodClient) *tracker {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	t := &tracker{
+		client: c, opts: c.opts, timing: c.opts.timing, endpoint: c.endpoint, retrier: c.retrier, counters: c.counters,
+		store: c.opts.store, owner: uuid.NewString(), ctx: ctx, cancel: cancel, stopped: make(chan struct{}),
+		frames: make(chan frame, frameBuffer), jobs: map[string]*tracked{}, byPrompt: map[string]*tracked{},
+		adopted: map[string]*stream{}, current: map[*stream]string{},
+	}
+	t.mail.wake = make(chan struct{}, 1)
+	t.prompts.ids = map[string]struct{}{}
+	t.posting, t.errand, t.writing = &crew{t: t, limit: posters}, &crew{t: t, limit: errands}, &crew{t: t, limit: writers}
+	t.pod = podView{stream: StreamIdle, remaining: -1, highest: math.Inf(-1)}
+	t.gauges.stream.Store(StreamIdle)
+	if f := c.opts.hooks.Event; f != nil {
+		t.hook = newCallback(f)
+	}
+	t.stream = newStream(c.opts.clientID, c.endpoint, c.opts, c.counters, t)
+	return t
+}
+
+// start begins the tracker's goroutines; stop ends them.
+func (t *tracker) start() {
+	t.wg.Go(func() { t.stream.run(t.ctx) })
+	go t.run()
+}
+
+// stop ends every job's handle with ErrClosed and waits for all goroutines but callbacks. Jobs go on on the pod.
+func (t *tracker) stop() {
+	t.cancel(ErrClosed)
+	<-t.stopped
+	t.wg.Wait()
+	t.leave()
+}
+
+// run owns the jobs until the tracker is stopped.
+func (t *tracker) run() {
+	defer close(t.stopped)
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	var set time.Time
+	for {
+		if next := t.nextWake(); !next.Equal(set) {
+			set = next
+			if next.IsZero() {
+				timer.Stop()
+			} else {
+				timer.Reset(max(0, time.Until(next)))
+			}
+		}
+		select {
+		case <-t.ctx.Done():
+			t.abandon()
+			return
+		case <-t.mail.wake:
+		case f := <-t.frames:
+			t.frame(f)
+			t.moreFrames()
+		case <-timer.C:
+			set = time.Time{}
+		}
+		for _, letter := range t.mail.take() {
+			letter()
+		}
+		t.wake(time.Now())
+	}
+}
+
+// moreFrames takes what else has come without going through select each time.
+func (t *tracker) moreFrames() {
+	for range frameBuffer {
+		select {
+		case f := <-t.frames:
+			t.frame(f)
+		default:
+			return
+		}
+	}
+}
+
+// tell runs f on the tracker's goroutine, later; false: the tracker has stopped.
+func (t *tracker) tell(f func()) bool { return t.mail.put(f) }
+
+// ask runs f on the tracker's goroutine and waits for it. It returns false if the tracker has stopped.
+func (t *tracker) ask(f func()) bool {
+	done := make(chan struct{})
+	t.tell(func() { f(); close(done) })
+	select {
+	case <-done:
+		return true
+	case <-t.stopped:
+		select {
+		case <-done:
+			return true
+		default:
+			return false
+		}
+	}
+}
+
+// mailbox holds what the tracker is to do. It is not bounded, since each letter belongs to a worker, a call or a stream, and
+// those are: nobody ever waits to put one in.
+type mailbox struct {
+	wake chan struct{}
+
+	mu      sync.Mutex
+	letters []func()
+	closed  bool
+}
+
+func (m *mailbox) put(f func()) bool {
+	m.mu.Lock()
+	if m.closed {
+		m.mu.Unlock()
+		return false
+	}
+	m.letters = append(m.letters, f)
+	m.mu.Unlock()
+	signal(m.wake)
+	return true
+}
+
+func (m *mailbox) take() []func() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	letters := m.letters
+	m.letters = nil
+	return letters
+}
+
+func (m *mailbox) close() []func() {
+	m.mu.Lock()
+	m.closed = true
+	m.mu.Unlock()
+	return m.take()
+}
+
+// crew runs work on a bounded number of goroutines, first come, first served. What the work returns is run by the tracker.
+type crew struct {
+	t     *tracker
+	limit int
+
+	mu    sync.Mutex
+	busy  int
+	queue []func(context.Context) func()
+}
+
+func (c *crew) do(work func(context.Context) func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.busy == c.limit {
+		c.queue = append(c.queue, work)
+		return
+	}
+	c.busy++
+	c.t.wg.Go(func() {
+		for work != nil {
+			if after := work(c.t.ctx); after != nil {
+				c.t.tell(after)
+			}
+			work = c.next()
+		}
+	})
+}
+
+func (c *crew) next() func(context.Context) func() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if len(c.queue) == 0 {
+		c.busy--
+		return nil
+	}
+	work := c.queue[0]
+	c.queue = c.queue[1:]
+	return work
+}
+
+// promptSet is what the streams need to know of the jobs to drop the frames of others.
+type promptSet struct {
+	open atomic.Int32 // POSTs without an answer: an old pod may name their prompts itself
+
+	mu  sync.RWMutex
+	ids map[string]struct{}
+}
+
+func (p *promptSet) has(id []byte) bool {
+	p.mu.RLock()
+	defer p.mu.RUnlock()
+	_, ok := p.ids[string(id)]
+	return ok
+}
+
+func (p *promptSet) add(id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ids[id] = struct{}{}
+}
+
+func (p *promptSet) remove(id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.ids, id)
+}
+
+// ---------------------------------------------------------------- one job
+
+// tracked is a job that the tracker follows.
+type tracked struct {
+	jobState
+	handle  *Job
+	inputs  []inputFile
+	secrets map[string]any // keys of extra_data that are never stored
+	number  *float64       // the caller's queue number, when this process knows it
+	lease   *lease         // nil for a follower
+	first   int            // the attempt with which this run of the job began: policies count from there
+	stop    func() bool    // ends the watch over the ctx of CancelWithContext; nil: none
+
+	posting postingState
+	look    bool // the next POST could be a repeat: look first
+	write   writeState
+	cancel  cancelState
+	settle  settleState
+	absent  absentState
+	follow  followState
+
+	acceptedAt  time.Time // on the local clock
+	seenAt      time.Time // when the pod was last known to have the attempt
+	movedAt     time.Time // when the attempt last moved
+	incarnation int       // of the pod that took the attempt
+	leaving     bool      // the verdict is known, but the pod may still have the prompt: it must be taken off first
+	left        bool      // the pod has it no more
+	intent      intentState
+	concluded   bool
+	finished    bool
+	end         *Event // held back until the record has landed
+	holdUntil   time.Time
+
+	dueAt  time.Time // the earliest of what advance has found to be due later; zero: nothing
+	wakeAt time.Time // the same, as the heap knows it
+	index  int       // in wakes; -1: not in it
+}
+
+type postingState struct {
+	queued, busy bool
+	streamBy     time.Time               // the stream is waited for until then
+	enough       context.CancelCauseFunc // makes the worker stop at the next safe point; nil: there is none
+	found        chan struct{}           // closed when the stream has shown the prompt
+}
+
+type writeState struct {
+	dirty, urgent, busy bool
+	attempt             int       // the newest attempt that the store is known to have
+	at                  time.Time // the next write, if dirty
+	failures            int
+}
+
+type settleState struct {
+	busy   bool
+	at, by time.Time
+	tries  int
+	failed bool // the last read was not answered
+}
+
+type absentState struct {
+	since time.Time
+	busy  bool // evidence is being gathered
+}
+
+type followState struct {
+	busy  bool
+	at    time.Time
+	lease time.Time // as last seen, on the store's clock
+	since time.Time // when that was first seen, on ours
+}
+
+// intentState is whether the store was asked for a cancel by somebody else before an interrupt is judged.
+type intentState struct{ busy, known bool }
+
+// lease is the owner's proof that it may act for a job. It is shared with the workers that act.
+type lease struct {
+	t     *tracker
+	jobID string
+
+	mu   sync.Mutex
+	at   time.Time // when the request was sent that the store last confirmed
+	lost bool
+}
+
+// freshFor is how long after a confirmation the holder may still send: what it sends must have arrived before the lease can
+// end. With the default timing Request exceeds Lease; then half of the lease has to do, since renewals go on while the pod
+// thinks about its answer.
+func (l *lease) freshFor() time.Duration {
+	ttl := l.t.timing.Lease
+	return max(ttl-l.t.timing.Request, ttl/2)
+}
+
+// confirm is called right before the bytes of something that only the owner may send. An old confirmation is renewed first.
+func (l *lease) confirm(ctx context.Context) error {
+	l.mu.Lock()
+	lost, at := l.lost, l.at
+	l.mu.Unlock()
+	if lost {
+		return ErrFenced
+	}
+	if time.Since(at) < l.freshFor() {
+		return nil
+	}
+	now := time.Now()
+	gone, err := l.t.store.Renew(ctx, l.t.owner, l.t.timing.Lease, []string{l.jobID})
+	if err != nil {
+		return err
+	}
+	if len(gone) > 0 {
+		return ErrFenced
+	}
+	l.confirmed(now)
+	return nil
+}
+
+func (l *lease) confirmed(at time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if at.After(l.at) {
+		l.at = at
+	}
+}
+
+func (l *lease) lose() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lost = true
+}
+
+// admission is a job that is to be followed.
+type admission struct {
+	rec       *Record
+	graph     *plan
+	opts      *jobOptions
+	drive     bool // the lease is ours
+	fresh     bool // its id was made just now: no POST can have been made for it
+	reopened  bool // to be run again after its end
+	confirmed time.Time
+	ctx       context.Context //nolint:containedctx // of CancelWithContext
+}
+
+// admit takes a job in, or finds it among those that are followed already.
+func (t *tracker) admit(a admission) *Job {
+	now := time.Now()
+	j := t.jobs[a.rec.JobID]
+	if j != nil && !(a.drive && j.lease == nil) {
+		t.listenIn(j, a)
+		return j.handle
+	}
+	if j == nil {
+		j = &tracked{jobState: jobState{rec: *a.rec, graph: a.graph}, handle: newJob(t.client, a.rec), index: -1}
+		t.jobs[a.rec.JobID] = j
+		t.gauges.following.Add(1)
+	} else {
+		j.rec = *a.rec
+	}
+	j.first = j.rec.Attempt
+	j.inputs, j.number, j.secrets = a.opts.inputs, a.opts.number, secretsOf(a.opts.extraData)
+	j.movedAt, j.seenAt = now, now
+	t.listenIn(j, a)
+	if a.drive {
+		t.drive(j, a, now)
+	}
+	t.advance(j, now)
+	return j.handle
+}
+
+// drive makes this client the job's driver.
+func (t *tracker) drive(j *tracked, a admission, now time.Time) {
+	j.lease = &lease{t: t, jobID: j.rec.JobID, at: a.confirmed}
+	t.gauges.owned.Add(1)
+	j.look = !a.fresh
+	j.write.attempt = j.rec.Attempt
+	if a.reopened { // the store has only the former end yet
+		j.write.attempt = 0
+		j.write.dirty, j.write.urgent = true, true
+	}
+	if j.rec.CancelRequested {
+		t.wantCancel(j, now)
+	}
+	j.posting.streamBy = now.Add(t.timing.StreamWait)
+	if j.rec.Accepted {
+		t.onPod(j, now)
+		t.lookBy(now)
+	}
+	t.register(j)
+	t.due.linger = time.Time{}
+	t.stream.setWanted(true)
+	if t.due.renew.IsZero() {
+		t.due.renew = now.Add(t.timing.Lease / 3)
+	}
+}
+
+// listenIn adds the callbacks of a caller that joins or starts a job.
+func (t *tracker) listenIn(j *tracked, a admission) {
+	for _, f := range a.opts.onEvent {
+		j.handle.attach(newCallback(f))
+	}
+	if a.opts.cancelWithContext && a.ctx != nil && j.stop == nil {
+		id := j.rec.JobID
+		j.stop = context.AfterFunc(a.ctx, func() { t.tell(func() { t.cancelByContext(id) }) })
+	}
+}
+
+// register makes frames of the job's prompt find it.
+func (t *tracker) register(j *tracked) {
+	t.byPrompt[j.rec.PromptID] = j
+	t.prompts.add(j.rec.PromptID)
+}
+
+func (t *tracker) unregister(j *tracked) {
+	if t.byPrompt[j.rec.PromptID] == j {
+		delete(t.byPrompt, j.rec.PromptID)
+		t.prompts.remove(j.rec.PromptID)
+	}
+}
+
+// onPod notes that the pod has the job's attempt.
+func (t *tracker) onPod(j *tracked, now time.Time) {
+	if j.acceptedAt.IsZero() {
+		j.acceptedAt = now
+		t.inFlight++
+	}
+	j.seenAt, j.incarnation = now, t.pod.incarnation
+	if j.rec.ClientID != t.opts.clientID {
+		t.adopt(j.rec.ClientID)
+	}
+}
+
+// offPod undoes onPod.
+func (t *tracker) offPod(j *tracked) {
+	if !j.acceptedAt.IsZero() {
+		j.acceptedAt = time.Time{}
+		t.inFlight--
+	}
+}
+
+// observe takes an observation in and spreads its news. It reports whether there was any.
+func (t *tracker) observe(j *tracked, o observation, now time.Time) bool {
+	wasAccepted := j.rec.Accepted
+	var room [2]Event
+	evs := j.apply(o, now, room[:0])
+	if j.rec.Accepted && !wasAccepted {
+		t.onPod(j, now)
+		j.handle.accept()
+		j.write.urgent = true
+		if j.posting.found != nil {
+			close(j.posting.found)
+			j.posting.found = nil
+		}
+	}
+	if len(evs) == 0 {
+		return false
+	}
+	j.movedAt = now
+	t.spread(j, evs, now)
+	return true
+}
+
+// spread shows events to observers and the store; the end waits for its record.
+func (t *tracker) spread(j *tracked, evs []Event, now time.Time) {
+	if last := &evs[len(evs)-1]; last.Kind.terminal() {
+		end := *last
+		j.end = &end
+		evs = evs[:len(evs)-1]
+	}
+	j.handle.publish(&j.rec, evs)
+	if t.hook != nil {
+		t.hook.push(evs)
+	}
+	if j.lease == nil {
+		return
+	}
+	if !j.write.dirty {
+		j.write.dirty, j.write.at = true, now.Add(max(0, t.timing.ProgressWrite))
+	}
+	if j.end != nil {
+		j.write.urgent = true
+	}
+}
+
+// advance does what is due for a job and notes when to look at it again. It derives everything from the job's state, so that
+// calling it once too often does no harm.
+func (t *tracker) advance(j *tracked, now time.Time) {
+	j.dueAt = time.Time{}
+	switch {
+	case j.finished && !j.unwritten():
+		t.forget(j)
+		return
+	case j.rec.Progress.Status.Terminal():
+		t.conclude(j, now)
+	case j.lease == nil:
+		t.followAlong(j, now)
+	default:
+		t.keepLimits(j, now)
+		t.judge(j, now)
+		if !j.rec.Progress.Status.Terminal() {
+			t.settleDue(j, now)
+			t.cancelDue(j, now)
+			t.absentDue(j, now)
+			t.postDue(j, now)
+		} else {
+			t.conclude(j, now)
+		}
+	}
+	t.writeDue(j, now)
+	t.reschedule(j, now)
+}
+
+// at asks for another look at the job.
+func (j *tracked) at(when time.Time) {
+	if j.dueAt.IsZero() || when.Before(j.dueAt) {
+		j.dueAt = when
+	}
+}
+
+func (j *tracked) unwritten() bool { return j.lease != nil && (j.write.dirty || j.write.busy) }
+
+// ------------------------------------------------------------------ ends
+
+// keepLimits ends a job that has reached one of its limits, once it is off the pod.
+func (t *tracker) keepLimits(j *tracked, now time.Time) {
+	if j.attempt.verdict != nil {
+		return
+	}
+	name, over, next := j.overLimit(now, t)
+	if !next.IsZero() {
+		j.at(next)
+	}
+	if name == "" {
+		if j.rec.Accepted && t.gone(now) {
+			t.observe(j, obsVerdict{j.failure(CategoryOf(ErrPodGone), ErrPodGone)}, now)
+		}
+		return
+	}
+	t.takeOff(j, j.failure(CategoryTimeout, &limitError{name, over}), now)
+}
+
+// limitError says which limit a job has reached.
+type limitError struct {
+	name  string
+	limit time.Duration
+}
+
+func (e *limitError) Error() string {
+	return "the job reached its limit " + e.name + " of " + e.limit.String()
+}
+
+func (e *limitError) Timeout() bool { return true }
+
+// overLimit returns the limit that the job has reached, or when the next one is due.
+func (j *tracked) overLimit(now time.Time, t *tracker) (name string, limit time.Duration, next time.Time) {
+	l := j.rec.Options.Limits
+	check := func(what string, d time.Duration, from time.Time) {
+		if d <= 0 || from.IsZero() || name != "" {
+			return
+		}
+		if end := from.Add(d); !now.Before(end) {
+			name, limit = what, d
+		} else if next.IsZero() || end.Before(next) {
+			next = end
+		}
+	}
+	check("Total", l.Total, j.rec.CreatedAt)
+	if !j.rec.Accepted {
+		return name, limit, next
+	}
+	if j.rec.Started {
+		check("Run", l.Run, j.rec.StartedAt)
+	} else {
+		check("Queue", l.Queue, j.acceptedAt)
+	}
+	check("Stall", l.stall(), t.stalledSince(j, now))
+	return name, limit, next
+}
+
+// stalledSince is when neither the job nor the pod's queue has moved since; while nobody could have seen it move the count
+// starts anew.
+func (t *tracker) stalledSince(j *tracked, now time.Time) time.Time {
+	since := j.movedAt
+	if j.rec.Started && t.pod.stream != StreamUp {
+		return now
+	}
+	if j.rec.Started && t.pod.upSince.After(since) {
+		since = t.pod.upSince
+	}
+	if t.pod.movedAt.After(since) {
+		since = t.pod.movedAt
+	}
+	if !t.pod.silentSince.IsZero() { // the pod does not answer: Gone is the limit for that
+		return now
+	}
+	return since
+}
+
+// gone tells whether the pod has been unreachable for too long.
+func (t *tracker) gone(now time.Time) bool {
+	s := t.pod.silentSince
+	return t.timing.Gone > 0 && !s.IsZero() && now.Sub(s) >= t.timing.Gone
+}
+
+// takeOff fails a job whose prompt the pod must not go on with.
+func (t *tracker) takeOff(j *tracked, err *Error, now time.Time) {
+	t.observe(j, obsVerdict{err}, now)
+	j.leaving = j.rec.Accepted || j.posting.busy
+	if j.leaving {
+		t.wantCancel(j, now)
+	}
+}
+
+// judge turns the pod's verdict over an attempt into the job's end or a new attempt.
+func (t *tracker) judge(j *tracked, now time.Time) {
+	v := j.attempt.verdict
+	if v == nil || j.posting.busy && !j.rec.Accepted {
+		return
+	}
+	if j.leaving && !j.left && now.Before(j.cancel.until) {
+		j.at(j.cancel.until)
+		return
+	}
+	if (v.interrupted || v.vanished) && !t.intentKnown(j) {
+		return
+	}
+	err := v.err
+	switch {
+	case j.leaving:
+		t.finishFailed(j, StatusFailed, t.withLeftover(j, err, now), now)
+	case j.rec.CancelRequested && (v.interrupted || v.vanished || errors.Is(err, ErrCancelled)):
+		t.finishFailed(j, StatusCancelled, j.failure(CategoryCancelled, ErrCancelled), now)
+	case j.rec.CancelRequested:
+		t.finishFailed(j, StatusFailed, err, now)
+	case j.rec.Options.AtMostOnce && v.vanished && errors.Is(err, ErrJobLost):
+		t.finishFailed(j, StatusFailed, j.failure(CategoryUnknown, errors.Join(ErrOutcomeUnknown, ErrJobLost)), now)
+	default:
+		t.retryOrFail(j, err, now)
+	}
+}
+
+// withLeftover warns of a prompt that could not be taken off the pod in time.
+func (t *tracker) withLeftover(j *tracked, err *Error, now time.Time) *Error {
+	if j.rec.Accepted && !j.left {
+		w := j.failure(CategoryUnavailable, errors.New("the pod has not confirmed the cancel; the prompt may still be on it"))
+		t.observe(j, obsWarning{w}, now)
+	}
+	return err
+}
+
+// newAttempts are the categories for which a new attempt can help on the same pod.
+func newAttempts(c Category) bool {
+	switch c {
+	case CategoryLost, CategoryOutOfMemory, CategoryPodFault, CategoryInterrupted, CategoryExecution, CategoryMissingAsset:
+		return true
+	}
+	return false
+}
+
+func (t *tracker) retryOrFail(j *tracked, err *Error, now time.Time) {
+	wait, again := t.retrier.next(err, j.rec.Attempt-j.first+1, now.Sub(j.rec.CreatedAt))
+	if !again || !newAttempts(err.Category) || j.rec.Options.AtMostOnce || errors.Is(err, ErrRemoved) {
+		t.finishFailed(j, StatusFailed, err, now)
+		return
+	}
+	t.counters.retries.Add(1)
+	t.client.notifyRetry(RetryInfo{
+		Pod: t.opts.name, Op: "execute", JobID: j.rec.JobID, Try: j.rec.Attempt, Wait: wait, NewAttempt: true, Err: err,
+	})
+	t.nextAttempt(j, err, now.Add(wait), now)
+}
+
+// nextAttempt opens a new attempt. It is in the store before it is posted.
+func (t *tracker) nextAttempt(j *tracked, err *Error, at, now time.Time) {
+	t.leaveAttempt(j)
+	t.observe(j, obsRetry{promptID: promptID(j.rec.JobID, j.rec.WorkflowHash, j.rec.Attempt+1), at: at, err: err}, now)
+	j.rec.AttemptAt = at
+	j.rec.ClientID = t.opts.clientID
+	j.write.dirty, j.write.urgent = true, true
+	j.look = false
+	t.register(j)
+}
+
+// leaveAttempt forgets what belongs to the attempt that is over.
+func (t *tracker) leaveAttempt(j *tracked) {
+	t.unregister(j)
+	t.offPod(j)
+	j.settle, j.absent, j.intent, j.leaving = settleState{}, absentState{}, intentState{}, false
+	j.left = false
+	j.posting.streamBy = time.Time{}
+}
+
+// finishFailed ends the job other than well.
+func (t *tracker) finishFailed(j *tracked, status Status, err *Error, now time.Time) {
+	err.Status = status
+	t.observe(j, obsEnd{status, err}, now)
+}
+
+// intentKnown asks the store, once, whether somebody wanted the job cancelled, before an interrupt or a vanished prompt is
+// taken for somebody else's doing.
+func (t *tracker) intentKnown(j *tracked) bool {
+	if j.intent.known || j.rec.CancelRequested {
+		return true
+	}
+	if !j.intent.busy {
+		j.intent.busy = true
+		id := j.rec.JobID
+		t.errand.do(func(ctx context.Context) func() {
+			ctx, cancel := context.WithTimeout(ctx, max(t.timing.StoreWait, time.Second))
+			defer cancel()
+			rec, err := t.store.Get(ctx, id)
+			return func() {
+				j.intent = intentState{known: true}
+				if err == nil && rec.CancelRequested {
+					j.rec.CancelRequested = true
+				}
+				t.advance(j, time.Now())
+			}
+		})
+	}
+	return false
+}
+
+// conclude lets go of a job that has ended: when its record has landed, or after StoreWait.
+func (t *tracker) conclude(j *tracked, now time.Time) {
+	if !j.concluded {
+		j.concluded = true
+		j.holdUntil = now.Add(max(0, t.timing.StoreWait))
+		t.leaveAttempt(j)
+		t.countEnd(j)
+		if j.stop != nil {
+			j.stop()
+		}
+	}
+	if j.finished {
+		return
+	}
+	if !j.unwritten() {
+		t.finish(j, nil)
+		t.forget(j)
+		return
+	}
+	if !now.Before(j.holdUntil) {
+		w := j.failure(CategoryStorage, errors.New("the end of the job has not reached the store yet; it is written as soon as the store answers"))
+		t.finish(j, w)
+		return
+	}
+	j.at(j.holdUntil)
+}
+
+func (t *tracker) countEnd(j *tracked) {
+	if j.lease == nil {
+		return
+	}
+	switch j.rec.Progress.Status {
+	case StatusSucceeded:
+		t.counters.succeeded.Add(1)
+	case StatusCancelled:
+		t.counters.cancelled.Add(1)
+	default:
+		t.counters.failed.Add(1)
+	}
+}
+
+// finish shows the end to those who wait.
+func (t *tracker) finish(j *tracked, warning *Error) {
+	j.finished = true
+	j.cancel.release(nil)
+	result := resultOf(&j.rec, t.client)
+	if warning != nil {
+		result.Warnings = append(result.Warnings, warning)
+	}
+	var err error
+	if j.rec.Failure != nil {
+		err = j.rec.Failure
+	}
+	j.handle.publish(&j.rec, nil)
+	j.handle.finish(result, err, j.end)
+	if t.hook != nil && j.end != nil {
+		t.hook.push([]Event{*j.end})
+	}
+}
+
+// forget drops a job that needs no more.
+func (t *tracker) forget(j *tracked) {
+	if t.jobs[j.rec.JobID] != j {
+		return
+	}
+	delete(t.jobs, j.rec.JobID)
+	if j.index >= 0 {
+		heap.Remove(&t.wakes, j.index)
+	}
+	t.gauges.following.Add(-1)
+	if j.lease != nil {
+		t.released()
+	}
+	t.pump()
+}
+
+// released notes that this client drives one job less.
+func (t *tracker) released() {
+	if t.gauges.owned.Add(-1) == 0 {
+		t.due.linger = time.Now().Add(streamLinger)
+	}
+	t.dropAdopted()
+}
+
+// ---------------------------------------------------------------- stream
+
+func (t *tracker) follows(promptID []byte) bool {
+	return t.prompts.open.Load() > 0 || t.prompts.has(promptID)
+}
+
+func (t *tracker) frameIn(ctx context.Context, f frame) {
+	select {
+	case t.frames <- f:
+	case <-ctx.Done():
+	}
+}
+
+func (t *tracker) streamIn(s *stream, state StreamState, err error) {
+	t.tell(func() { t.streamChanged(s, state, err) })
+}
+
+// frame takes one frame in. A frame that names no prompt is about nobody, but for what only a running node can send: that
+// belongs to the prompt that this stream last named.
+func (t *tracker) frame(f frame) {
+	now := time.Now()
+	t.contact(now)
+	switch {
+	case f.preview != nil:
+		if j := t.jobOf(f.from, f.preview.promptID); j != nil {
+			preview := f.preview.Preview
+			t.observe(j, obsPreview{&preview}, now)
+		}
+		return
+	case f.text != nil:
+		if j := t.jobOf(f.from, ""); j != nil {
+			t.observe(j, obsText{f.text.Node, f.text.Text}, now)
+		}
+		return
+	}
+	if f.msg.SID == "" {
+		t.pod.heard = true
+	}
+	if f.msg.Type == wire.Status {
+		t.statusFrame(f.msg.Remaining, now)
+		return
+	}
+	t.message(f.from, &f.msg, now)
+}
+
+func (t *tracker) message(from *stream, m *wire.Message, now time.Time) {
+	var j *tracked
+	switch {
+	case m.PromptID != "":
+		j = t.byPrompt[m.PromptID]
+		if j == nil {
+			if t.prompts.open.Load() > 0 && len(t.strays) < maxStrays {
+				t.strays = append(t.strays, *m)
+			}
+			return
+		}
+		t.current[from] = m.PromptID
+	case m.Type == wire.Other:
+		j = t.jobOf(from, "")
+	}
+	if j == nil || j.lease == nil {
+		return
+	}
+	j.seenAt, j.absent.since = now, time.Time{}
+	hadEnd := j.attempt.ended != nil
+	t.observe(j, m, now)
+	switch {
+	case m.Type == wire.Executing && m.NodeNull:
+		// The history is written by now (server.md §2).
+		delete(t.current, from)
+		if j.rec.Accepted && !j.settle.busy {
+			t.settleNow(j, now)
+		}
+	case j.attempt.ended != nil && !hadEnd:
+		j.settle.at, j.settle.by = now.Add(settleFirst), now.Add(t.timing.Settle)
+	}
+	if j.needsLook(m) {
+		t.advance(j, now)
+	}
+}
+
+// needsLook tells whether a frame may make something due: progress never does.
+func (j *tracked) needsLook(m *wire.Message) bool {
+	return m.Type != wire.Progress && m.Type != wire.ProgressState || j.index < 0 || j.write.urgent
+}
+
+// jobOf finds the job of a frame, by its prompt or, failing that, by what the stream named last.
+func (t *tracker) jobOf(from *stream, promptID string) *tracked {
+	if promptID == "" {
+		promptID = t.current[from]
+	}
+	j := t.byPrompt[promptID]
+	if j == nil || j.lease == nil {
+		return nil
+	}
+	return j
+}
+
+// statusFrame uses the pod's count: a queue that is shorter than our jobs on it means that one has ended unheard.
+func (t *tracker) statusFrame(remaining int, now time.Time) {
+	if remaining < 0 || remaining == t.pod.remaining {
+		return
+	}
+	t.pod.remaining, t.pod.movedAt = remaining, now
+	if remaining >= t.inFlight {
+		return
+	}
+	open := 0
+	for _, j := range t.jobs {
+		if j.rec.Accepted && j.attempt.ended == nil && !j.concluded {
+			open++
+		}
+	}
+	if remaining < open {
+		t.lookBy(now.Add(unheardDelay))
+	}
+}
+
+const (
+	// settleFirst is how long after a terminal frame the history is read if the frame that follows it does not come.
+	settleFirst = 3 * time.Millisecond
+	// unheardDelay lets the frames of an end arrive before it is looked for.
+	unheardDelay = 50 * time.Millisecond
+	// deafAfter is how long the stream may lack what a look has shown before it is taken for deaf. A pod may be silent for
+	// a second and a half while it collects garbage (server.md §2).
+	deafAfter = 2 * time.Second
+)
+
+// streamChanged takes in that a stream came up or went down.
+func (t *tracker) streamChanged(s *stream, state StreamState, err error) {
+	if s != t.stream {
+		return
+	}
+	now := time.Now()
+	was := t.pod.stream
+	if state == StreamDown && was == StreamDeaf || state == StreamConnecting && was == StreamDeaf {
+		state = StreamDeaf // until a new connection is up
+	}
+	t.pod.stream = state
+	t.gauges.stream.Store(state)
+	switch state {
+	case StreamUp:
+		t.contact(now)
+		t.pod.upSince, t.pod.heard, t.pod.everUp, t.pod.fingerprints = now, false, true, true
+		t.lookBy(now) // what happened meanwhile is not replayed
+	case StreamDown, StreamIdle, StreamDeaf:
+		if !t.pod.upSince.IsZero() {
+			t.pod.lostAt = now
+		}
+		t.pod.upSince, t.pod.heard, t.due.deaf = time.Time{}, false, time.Time{}
+		delete(t.current, s)
+		if err != nil {
+			t.noteRefusal(err, now)
+			t.opts.logger.Debug("comfyui: stream down", "pod", t.opts.name, "error", err)
+		}
+		if state != StreamIdle {
+			t.lookBy(now)
+		}
+	}
+	if state == was {
+		return
+	}
+	for _, j := range t.jobs {
+		if j.lease == nil || j.concluded {
+			continue
+		}
+		ev := Event{
+			Kind: EventStream, JobID: j.rec.JobID, PromptID: j.rec.PromptID, Attempt: j.rec.Attempt, Time: now, Source: SourceStream,
+			Progress: j.rec.Progress, Stream: state, Err: err,
+		}
+		j.handle.publish(&j.rec, []Event{ev})
+		if t.hook != nil {
+			t.hook.push([]Event{ev})
+		}
+		if !j.rec.Accepted {
+			t.advance(j, now)
+		}
+	}
+}
+
+// suspectDeaf starts the clock for a stream that should have told what a look found.
+func (t *tracker) suspectDeaf(now time.Time) {
+	if t.pod.stream == StreamUp && t.due.deaf.IsZero() && now.Sub(t.pod.upSince) > 0 {
+		t.due.deaf, t.due.deafCount = now.Add(deafAfter), t.stream.heard.Load()
+	}
+}
+
+// deafDue replaces a connection that has heard nothing since it should have.
+func (t *tracker) deafDue(now time.Time) {
+	t.due.deaf = time.Time{}
+	if t.pod.stream != StreamUp || t.stream.heard.Load() != t.due.deafCount {
+		return
+	}
+	t.counters.deaf.Add(1)
+	t.opts.logger.Info("comfyui: the stream is deaf; reconnecting", "pod", t.opts.name)
+	t.streamChanged(t.stream, StreamDeaf, nil)
+	t.stream.reconnect()
+}
+
+// adopt listens under the client id of a former owner, to whom the pod sends the frames of a job that was taken over.
+func (t *tracker) adopt(clientID string) {
+	if clientID == "" || t.adopted[clientID] != nil || len(t.adopted) >= maxAdopted {
+		return
+	}
+	s := newStream(clientID, t.endpoint, t.opts, t.counters, t)
+	t.adopted[clientID] = s
+	s.setWanted(true)
+	ctx, cancel := context.WithCancel(t.ctx)
+	s.leave = cancel
+	t.wg.Go(func() { s.run(ctx) })
+}
+
+// dropAdopted ends adopted streams that no job needs.
+func (t *tracker) dropAdopted() {
+	if len(t.adopted) == 0 {
+		return
+	}
+	needed := map[string]bool{}
+	for _, j := range t.jobs {
+		if j.lease != nil && !j.concluded && j.rec.Accepted {
+			needed[j.rec.ClientID] = true
+		}
+	}
+	for id, s := range t.adopted {
+		if !needed[id] {
+			s.leave()
+			delete(t.adopted, id)
+			delete(t.current, s)
+		}
+	}
+}
+
+// ------------------------------------------------------------ the pod
+
+// contact notes that the pod answers.
+func (t *tracker) contact(now time.Time) {
+	t.pod.contactAt, t.pod.silentSince = now, time.Time{}
+}
+
+// noContact notes that the pod did not answer.
+func (t *tracker) noContact(err error, now time.Time) {
+	if t.pod.silentSince.IsZero() {
+		t.pod.silentSince = now
+	}
+	t.noteRefusal(err, now)
+}
+
+// noteRefusal keeps signs that no process is there: a refused connection, or a proxy that says so.
+func (t *tracker) noteRefusal(err error, now time.Time) {
+	if isRefusal(err) {
+		t.pod.refusedAt = now
+	}
+}
+
+// lookBy asks for a look at the pod's queue at a time at the latest.
+func (t *tracker) lookBy(when time.Time) {
+	if t.due.look.IsZero() || when.Before(t.due.look) {
+		t.due.look = when
+	}
+}
+
+// lookPeriod is the time between two looks when nothing presses.
+func (t *tracker) lookPeriod() time.Duration {
+	period := t.timing.Poll
+	// A connection that has brought nothing but its greeting may be deaf.
+	if t.pod.stream == StreamUp && t.pod.heard {
+		period = t.timing.PollStreaming
+	}
+	if period > 0 && t.pod.failures > 0 {
+		period = min(period<<min(t.pod.failures-1, 3), max(period, 5*time.Second))
+	}
+	if period <= 0 {
+		return period
+	}
+	return max(period, 20*t.pod.cost)
+}
+
+// look reads /queue and then /history for all jobs that the pod should have.
+func (t *tracker) look(now time.Time) {
+	t.due.look = time.Time{}
+	if t.due.looking {
+		return // the answer asks for the next one
+	}
+	var wanted []sought
+	for _, j := range t.jobs {
+		if j.lease != nil && j.rec.Accepted && !j.concluded && !j.finished {
+			wanted = append(wanted, sought{j.rec.JobID, j.rec.PromptID, j.rec.Attempt})
+		}
+	}
+	if len(wanted) == 0 {
+		return
+	}
+	t.due.looking = true
+	r := &reconciler{
+		endpoint: t.endpoint, started: now, wanted: wanted, fingerprint: t.pod.fingerprints, oldest: t.pod.oldest, ended: t.pod.ended,
+		heavy: t.pod.queueBytes > heavyQueue,
+	}
+	t.errand.do(func(ctx context.Context) func() {
+		r.run(ctx)
+		return func() { t.looked(r) }
+	})
+}
+
+// looked takes in what a look has found.
+func (t *tracker) looked(r *reconciler) {
+	now := time.Now()
+	t.due.looking = false
+	if r.err != nil {
+		t.pod.failures++
+		t.noContact(r.err, now)
+	} else {
+		t.pod.failures, t.pod.cost = 0, r.cost
+		t.contact(now)
+	}
+	t.tookLook(r, now)
+	for _, w := range r.wanted {
+		if j := t.jobs[w.jobID]; j != nil && j.lease != nil && j.rec.PromptID == w.promptID && !j.concluded {
+			t.found(j, r, now)
+			t.advance(j, now)
+		}
+	}
+	if period := t.lookPeriod(); period > 0 && t.gauges.owned.Load() > 0 {
+		t.lookBy(now.Add(period))
+	}
+}
+
+// tookLook takes in what a look says of the pod as a whole.
+func (t *tracker) tookLook(r *reconciler, now time.Time) {
+	if r.whole {
+		t.pod.queueBytes = r.bytes
+		if r.shape != t.pod.shape {
+			t.pod.shape, t.pod.movedAt = r.shape, now
+		}
+	}
+	if r.evidence.taken {
+		t.pod.fingerprints = false
+		// It is taken when the stream has come up again: the connection was lost, and so is the history.
+		if r.evidence.gone && !t.pod.lostAt.IsZero() {
+			t.restarted()
+		}
+		t.pod.oldest = r.evidence.oldest
+	}
+}
+
+// restarted notes that another process answers than before.
+func (t *tracker) restarted() {
+	t.pod.incarnation++
+	t.pod.highest, t.pod.oldest, t.pod.ended = math.Inf(-1), "", ""
+	t.pod.poison, t.pod.poisonedAt = nil, time.Time{}
+	t.endpoint.forgetVersion()
+	t.opts.logger.Warn("comfyui: the pod has restarted", "pod", t.opts.name)
+}
+
+// found takes in what a look says of one job.
+func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
+	at, ok := r.spots[j.rec.PromptID]
+	if !ok {
+		return
+	}
+	if at.copies > 1 {
+		t.removeDuplicate(j, at.promptID)
+	} else if at.stray != "" {
+		t.removeDuplicate(j, at.stray)
+	}
+	heardOf := j.rec.ClientID == t.opts.clientID
+	switch at.place {
+	case placeRunning:
+		t.onSight(j, now)
+		wasRunning := j.rec.Started
+		if t.observe(j, obsRunning{at.number}, now) && !wasRunning && heardOf {
+			t.suspectDeaf(now)
+		}
+	case placePending:
+		t.onSight(j, now)
+		t.observe(j, obsQueued{at.number, at.ahead}, now)
+	case placeHistory:
+		if j.attempt.ended == nil && heardOf {
+			t.suspectDeaf(now)
+		}
+		t.historyRead(j, at.entry, now)
+	case placeAbsent:
+		t.notFound(j, r.started, now)
+	}
+}
+
+func (t *tracker) onSight(j *tracked, now time.Time) {
+	j.seenAt, j.absent.since = now, time.Time{}
+}
+
+// historyRead takes in the history entry of a job.
+func (t *tracker) historyRead(j *tracked, entry *wire.HistoryEntry, now time.Time) {
+	t.pod.ended = entry.PromptID
+	t.onSight(j, now)
+	outs := outputsOf(t.client, entry.Outputs)
+	j.left = true
+	t.observe(j, obsHistory{entry, outs}, now)
+	t.notePoison(j, now)
+}
+
+// notePoison remembers a fault that only a restart of the pod clears.
+func (t *tracker) notePoison(j *tracked, now time.Time) {
+	v := j.attempt.verdict
+	var e *ExecutionError
+	if v != nil && v.err != nil && errors.As(v.err, &e) && poisonsPod(e) {
+		t.pod.poison, t.pod.poisonedAt = e, now
+	}
+}
+
+// ---------------------------------------------------- the end on the pod
+
+// settleNow reads the history of a job whose end the stream has told.
+func (t *tracker) settleNow(j *tracked, now time.Time) {
+	if j.settle.by.IsZero() {
+		j.settle.by = now.Add(t.timing.Settle)
+	}
+	j.settle.at = now
+	t.settleDue(j, now)
+}
+
+func (t *tracker) settleDue(j *tracked, now time.Time) {
+	if j.settle.at.IsZero() || j.settle.busy || j.attempt.verdict != nil {
+		return
+	}
+	if now.Before(j.settle.at) {
+		j.at(j.settle.at)
+		return
+	}
+	j.settle.busy = true
+	id, prompt := j.rec.JobID, j.rec.PromptID
+	t.errand.do(func(ctx context.Context) func() {
+		entry, err := t.endpoint.history(ctx, prompt)
+		return func() { t.settled(id, prompt, entry, err) }
+	})
+}
+
+// settled takes in the answer. The pod writes the history a moment after the terminal frame (server.md §3.2); when it does not
+// come in time, or was cleared, the stream's word stands.
+func (t *tracker) settled(jobID, promptID string, entry *wire.HistoryEntry, err error) {
+	j, now := t.jobs[jobID], time.Now()
+	if j == nil || j.lease == nil || j.concluded || j.rec.PromptID != promptID {
+		return
+	}
+	j.settle.busy = false
+	j.settle.tries++
+	switch {
+	case err != nil:
+		t.noContact(err, now)
+	default:
+		t.contact(now)
+	}
+	switch {
+	case entry != nil:
+		j.settle.at = time.Time{}
+		t.historyRead(j, entry, now)
+	case j.attempt.ended == nil:
+		// node:null without a terminal frame: frames were missed.
+		j.settle.at = time.Time{}
+		t.lookBy(now)
+	case err == nil && !now.Before(j.settle.by) || t.gone(now):
+		j.settle.at = time.Time{}
+		t.observe(j, obsSettled{}, now)
+		t.notePoison(j, now)
+	default:
+		j.settle.at = now.Add(min(time.Second, settleFirst<<min(j.settle.tries, 10)))
+	}
+	t.advance(j, now)
+}
+
+// notFound takes in that the pod had the job neither in its queue nor in its history when the look began.
+func (t *tracker) notFound(j *tracked, looked, now time.Time) {
+	if looked.Before(j.seenAt) || j.absent.busy {
+		return // it was seen, or taken, after the look began
+	}
+	if j.leaving {
+		j.left = true
+		return
+	}
+	if j.attempt.ended != nil {
+		return // the history is late, or gone: settle has the word
+	}
+	if j.cancel.touched && j.rec.CancelRequested {
+		t.observe(j, obsVanished{j.failure(CategoryCancelled, ErrCancelled)}, now)
+		return
+	}
+	if j.absent.since.IsZero() {
+		j.absent.since = looked
+		t.lookBy(looked.Add(max(0, t.timing.Grace)))
+		return
+	}
+	if looked.Sub(j.absent.since) < t.timing.Grace {
+		return
+	}
+	t.gatherEvidence(j)
+}
+
+func (t *tracker) absentDue(j *tracked, now time.Time) {
+	if !j.absent.since.IsZero() && !j.absent.busy {
+		again := j.absent.since.Add(max(0, t.timing.Grace))
+		if now.Before(again) {
+			j.at(again)
+		}
+		t.lookBy(again)
+	}
+}
+
+// gatherEvidence asks whether the process is the one that took the job.
+func (t *tracker) gatherEvidence(j *tracked) {
+	j.absent.busy = true
+	id, prompt := j.rec.JobID, j.rec.PromptID
+	r := &reconciler{endpoint: t.endpoint, fingerprint: true, oldest: t.pod.oldest, ended: t.pod.ended}
+	t.errand.do(func(ctx context.Context) func() {
+		r.takeFingerprint(ctx)
+		return func() { t.vanished(id, prompt, r) }
+	})
+}
+
+// vanished says what it means that a job is gone from the pod (design: 6. Gone from the pod).
+func (t *tracker) vanished(jobID, promptID string, r *reconciler) {
+	j, now := t.jobs[jobID], time.Now()
+	if j == nil || j.lease == nil || j.concluded || j.rec.PromptID != promptID {
+		return
+	}
+	j.absent.busy = false
+	if r.err != nil {
+		t.noContact(r.err, now)
+		t.advance(j, now)
+		return
+	}
+	t.contact(now)
+	// Only an unbroken stream proves that nothing happened in between.
+	broken := t.pod.upSince.IsZero() || t.pod.upSince.After(j.seenAt)
+	restarted := j.incarnation < t.pod.incarnation
+	if !restarted && broken && !r.evidence.same {
+		restarted = r.evidence.gone || r.evidence.empty && t.pod.refusedAt.After(j.seenAt)
+		if restarted {
+			t.restarted()
+		}
+	}
+	t.pod.oldest = r.evidence.oldest
+	cause := ErrOutcomeUnknown
+	switch {
+	case restarted:
+		cause = ErrJobLost
+	case !j.rec.Started && (!broken || r.evidence.same):
+		cause = ErrRemoved
+	}
+	t.observe(j, obsVanished{j.failure(CategoryOf(cause), cause)}, now)
+	t.advance(j, now)
+}
+
+// ---------------------------------------------------------------- store
+
+// writeDue sends the record to the store: at once for what must not be lost, else at most every ProgressWrite.
+func (t *tracker) writeDue(j *tracked, now time.Time) {
+	w := &j.write
+	if j.lease == nil || !w.dirty || w.busy {
+		return
+	}
+	if (!w.urgent || w.failures > 0) && now.Before(w.at) {
+		j.at(w.at)
+		return
+	}
+	w.dirty, w.urgent, w.busy = false, false, true
+	j.rec.Rev++
+	rec := j.rec.Clone()
+	t.gauges.unwritten.Add(1)
+	t.writing.do(func(ctx context.Context) func() {
+		stored, err := t.writeRecord(ctx, rec)
+		return func() { t.wrote(j, rec, stored, err) }
+	})
+}
+
+// writeRecord updates the record, and creates it again if the store has lost it.
+func (t *tracker) writeRecord(ctx context.Context, rec *Record) (*Record, error) {
+	t.counters.storeWrites.Add(1)
+	stored, err := t.store.Update(ctx, rec)
+	if errors.Is(err, ErrJobNotFound) {
+		if _, err = t.store.Get(ctx, rec.JobID); errors.Is(err, ErrJobNotFound) {
+			stored, err = t.recreate(ctx, rec)
+		}
+	}
+	if err != nil && !errors.Is(err, ErrFenced) {
+		t.counters.storeErrors.Add(1)
+	}
+	return stored, err
+}
+
+// recreate brings back a record that the store has lost. One that comes back ended needs the Update that ends it.
+func (t *tracker) recreate(ctx context.Context, rec *Record) (*Record, error) {
+	fresh := rec.Clone()
+	fresh.Owner = t.owner
+	stored, err := t.store.Create(ctx, fresh, t.timing.Lease)
+	if err != nil {
+		return nil, err
+	}
+	if stored.Owner != t.owner {
+		return stored, ErrFenced
+	}
+	rec.Epoch = stored.Epoch
+	rec.Rev = max(rec.Rev, stored.Rev+1)
+	return t.store.Update(ctx, rec)
+}
+
+// wrote takes in the store's answer.
+func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
+	now := time.Now()
+	j.write.busy = false
+	t.gauges.unwritten.Add(-1)
+	switch {
+	case j.lease == nil:
+		return
+	case errors.Is(err, ErrFenced):
+		t.fenced(j, stored, now)
+		return
+	case err != nil:
+		// What was to be written is still to be written, with whatever is new by then.
+		j.write.failures++
+		j.write.dirty, j.write.at = true, now.Add(min(30*time.Second, 100*time.Millisecond<<min(j.write.failures, 8)))
+		j.write.urgent = true
+		t.opts.logger.Warn("comfyui: the store did not take a record", "pod", t.opts.name, "job", j.rec.JobID, "error", err)
+	default:
+		j.write.failures = 0
+		j.write.attempt = max(j.write.attempt, rec.Attempt)
+		j.rec.Epoch, j.rec.Rev = rec.Epoch, max(j.rec.Rev, rec.Rev)
+		if stored.CancelRequested && !j.rec.CancelRequested {
+			j.rec.CancelRequested = true
+			t.wantCancel(j, now)
+		}
+	}
+	t.advance(j, now)
+}
+
+// fenced turns the job's driver into a follower of whoever drives it now.
+func (t *tracker) fenced(j *tracked, stored *Record, now time.Time) {
+	t.opts.logger.Warn("comfyui: another owner drives the job now", "pod", t.opts.name, "job", j.rec.JobID)
+	j.lease.lose()
+	j.stopPosting()
+	t.leaveAttempt(j)
+	j.lease = nil
+	j.cancel.stop()
+	j.write = writeState{}
+	if j.end != nil { // what this process held for the end was never stored
+		j.end, j.concluded = nil, false
+	}
+	t.released()
+	if stored != nil && !j.finished {
+		t.followed(j, stored, now)
+	}
+	t.advance(j, now)
+}
+
+// renew extends the leases of all jobs that this client drives, and learns of cancels that others have asked for.
+func (t *tracker) renew(now time.Time) {
+	t.due.renew = time.Time{}
+	var ids []string
+	for id, j := range t.jobs {
+		if j.lease != nil && !j.rec.Progress.Status.Terminal() {
+			ids = append(ids, id)
+		}
+	}
+	if len(ids) == 0 {
+		return
+	}
+	t.due.renew = now.Add(t.timing.Lease / 3)
+	if t.due.renewing {
+		return
+	}
+	t.due.renewing = true
+	t.errand.do(func(ctx context.Context) func() {
+		ctx, cancel := context.WithTimeout(ctx, t.timing.Lease)
+		defer cancel()
+		asked := time.Now()
+		lost, err := t.store.Renew(ctx, t.owner, t.timing.Lease, ids)
+		if err != nil {
+			t.counters.storeErrors.Add(1)
+		}
+		return func() { t.renewed(asked, ids, lost, err) }
+	})
+}
+
+func (t *tracker) renewed(asked time.Time, ids, lost []string, err error) {
+	t.due.renewing = false
+	isLost := make(map[string]bool, len(lost))
+	for _, id := range lost {
+		isLost[id] = true
+	}
+	for _, id := range ids {
+		j := t.jobs[id]
+		if j == nil || j.lease == nil || j.rec.Progress.Status.Terminal() {
+			continue
+		}
+		switch {
+		case isLost[id]:
+			t.lostLease(j)
+		case err == nil:
+			j.lease.confirmed(asked)
+			t.readIntent(j)
+		}
+	}
+}
+
+// lostLease finds out whether the record has another owner or is gone, and brings it back in that case.
+func (t *tracker) lostLease(j *tracked) {
+	id := j.rec.JobID
+	t.errand.do(func(ctx context.Context) func() {
+		stored, err := t.store.Get(ctx, id)
+		return func() {
+			now := time.Now()
+			switch {
+			case j.lease == nil || j.concluded:
+			case errors.Is(err, ErrJobNotFound):
+				j.write.dirty, j.write.urgent = true, true // the Update that finds it missing creates it again
+				t.advance(j, now)
+			case err == nil && (stored.Owner != t.owner || stored.Progress.Status.Terminal()):
+				t.fenced(j, stored, now)
+			}
+		}
+	})
+}
+
+// readIntent looks whether somebody has asked for a cancel; nothing else may be written for a while that would tell.
+func (t *tracker) readIntent(j *tracked) {
+	if j.rec.CancelRequested {
+		return
+	}
+	id := j.rec.JobID
+	t.errand.do(func(ctx context.Context) func() {
+		stored, err := t.store.Get(ctx, id)
+		if err != nil || !stored.CancelRequested {
+			return nil
+		}
+		return func() {
+			if now := time.Now(); j.lease != nil && !j.concluded && !j.rec.CancelRequested {
+				j.rec.CancelRequested = true
+				t.wantCancel(j, now)
+				t.advance(j, now)
+			}
+		}
+	})
+}
+
+// ------------------------------------------------------------- followers
+
+// followPeriod is how often the record of a job that another owner drives is read.
+const followPeriod = time.Second
+
+// followAlong reads the record of a job that another owner drives, and takes the job over when that owner's lease runs out.
+func (t *tracker) followAlong(j *tracked, now time.Time) {
+	f := &j.follow
+	if f.busy {
+		return
+	}
+	if now.Before(f.at) {
+		j.at(f.at)
+		return
+	}
+	f.busy = true
+	id := j.rec.JobID
+	// An owner that still renews moves the end of its lease; compared with itself, whatever the clocks say.
+	claim := !f.since.IsZero() && now.Sub(f.since) > t.timing.Lease+followPeriod && j.rec.Pod == t.opts.name
+	t.errand.do(func(ctx context.Context) func() {
+		asked := time.Now()
+		if claim {
+			if rec, err := t.store.Claim(ctx, id, t.owner, t.timing.Lease); err == nil {
+				return func() { t.tookOver(j, rec, asked) }
+			}
+		}
+		rec, err := t.store.Get(ctx, id)
+		return func() {
+			now := time.Now()
+			f.busy, f.at = false, now.Add(followPeriod)
+			if j.lease != nil || j.finished {
+				return
+			}
+			switch {
+			case err == nil:
+				t.followed(j, rec, now)
+			case errors.Is(err, ErrJobNotFound):
+				t.vanishedRecord(j)
+				return
+			default:
+				t.counters.storeErrors.Add(1)
+			}
+			t.advance(j, now)
+		}
+	})
+}
+
+// followed shows what another owner has written.
+func (t *tracker) followed(j *tracked, rec *Record, now time.Time) {
+	if !rec.LeaseUntil.Equal(j.follow.lease) {
+		j.follow.lease, j.follow.since = rec.LeaseUntil, now
+	}
+	was := j.rec
+	evs := eventsBetween(&was, rec)
+	j.rec = *rec
+	if rec.Accepted {
+		j.handle.accept()
+	}
+	if len(evs) > 0 {
+		t.spread(j, evs, now)
+	}
+}
+
+// tookOver makes this client the driver of a job that it followed.
+func (t *tracker) tookOver(j *tracked, rec *Record, asked time.Time) {
+	now := time.Now()
+	j.follow = followState{}
+	t.followed(j, rec, now)
+	if j.lease != nil || j.finished || rec.Progress.Status.Terminal() {
+		t.advance(j, now)
+		return
+	}
+	if j.graph == nil {
+		j.graph = graphOf(rec)
+	}
+	t.counters.recovered.Add(1)
+	t.drive(j, admission{rec: rec, confirmed: asked}, now)
+	t.advance(j, now)
+}
+
+// vanishedRecord ends the handle of a followed job whose record is gone: nobody can tell how it ended.
+func (t *tracker) vanishedRecord(j *tracked) {
+	j.finished, j.concluded = true, true
+	j.cancel.release(nil)
+	j.handle.finish(nil, &Error{
+		Op: "wait", Pod: t.opts.name, JobID: j.rec.JobID, PromptID: j.rec.PromptID, Attempt: j.rec.Attempt, Status: j.rec.Progress.Status,
+		Category: CategoryOf(ErrJobNotFound), Err: ErrJobNotFound,
+	}, nil)
+	t.forget(j)
+}
+
+// -------------------------------------------------------------- schedule
+
+// wakeHeap orders jobs by when they are to be looked at.
+type wakeHeap []*tracked
+
+func (h wakeHeap) Len() int           { return len(h) }
+func (h wakeHeap) Less(i, k int) bool { return h[i].wakeAt.Before(h[k].wakeAt) }
+func (h wakeHeap) Swap(i, k int) {
+	h[i], h[k] = h[k], h[i]
+	h[i].index, h[k].index = i, k
+}
+
+func (h *wakeHeap) Push(x any) {
+	j := x.(*tracked)
+	j.index = len(*h)
+	*h = append(*h, j)
+}
+
+func (h *wakeHeap) Pop() any {
+	old := *h
+	j := old[len(old)-1]
+	old[len(old)-1] = nil
+	*h = old[:len(old)-1]
+	j.index = -1
+	return j
+}
+
+// reschedule puts j where its next appointment belongs.
+func (t *tracker) reschedule(j *tracked, now time.Time) {
+	if j.dueAt.IsZero() || t.jobs[j.rec.JobID] != j {
+		if j.index >= 0 {
+			heap.Remove(&t.wakes, j.index)
+		}
+		return
+	}
+	// What was due now has been done; should it be due still, the goroutine must not spin on it.
+	j.wakeAt = j.dueAt
+	if soonest := now.Add(time.Millisecond); j.wakeAt.Before(soonest) {
+		j.wakeAt = soonest
+	}
+	if j.index >= 0 {
+		heap.Fix(&t.wakes, j.index)
+	} else {
+		heap.Push(&t.wakes, j)
+	}
+}
+
+// nextWake is when something is due; zero: nothing.
+func (t *tracker) nextWake() time.Time {
+	var next time.Time
+	earliest := func(when time.Time) {
+		if !when.IsZero() && (next.IsZero() || when.Before(next)) {
+			next = when
+		}
+	}
+	if !t.due.looking {
+		earliest(t.due.look)
+	}
+	earliest(t.due.renew)
+	earliest(t.due.deaf)
+	earliest(t.due.linger)
+	if len(t.wakes) > 0 {
+		earliest(t.wakes[0].wakeAt)
+	}
+	return next
+}
+
+// wake does what is due.
+func (t *tracker) wake(now time.Time) {
+	past := func(when time.Time) bool { return !when.IsZero() && !now.Before(when) }
+	if past(t.due.deaf) {
+		t.deafDue(now)
+	}
+	if past(t.due.renew) {
+		t.renew(now)
+	}
+	if !t.due.looking && past(t.due.look) {
+		t.look(now)
+	}
+	if past(t.due.linger) {
+		t.due.linger = time.Time{}
+		if t.gauges.owned.Load() == 0 {
+			t.stream.setWanted(false)
+		}
+	}
+	for len(t.wakes) > 0 && past(t.wakes[0].wakeAt) {
+		t.advance(t.wakes[0], now)
+	}
+}
+
+// --------------------------------------------------------------- closing
+
+// abandon ends every handle; the jobs go on on the pod.
+func (t *tracker) abandon() {
+	for _, letter := range t.mail.close() {
+		letter()
+	}
+	for _, j := range t.jobs {
+		j.stopPosting()
+		if j.stop != nil {
+			j.stop()
+		}
+		if !j.finished {
+			j.cancel.release(ErrClosed)
+			j.handle.finish(nil, &Error{
+				Op: "wait", Pod: t.opts.name, JobID: j.rec.JobID, PromptID: j.rec.PromptID, Attempt: j.rec.Attempt,
+				Status: j.rec.Progress.Status, Category: CategoryClosed, Err: ErrClosed,
+			}, nil)
+		}
+	}
+}
+
+// leave writes what the store does not have yet and gives the leases back, so that others need not wait for their ends. It
+// runs when all other goroutines have ended.
+func (t *tracker) leave() {
+	ctx, cancel := context.WithTimeout(context.Background(), max(t.timing.StoreWait, time.Second))
+	defer cancel()
+	var ids []string
+	for id, j := range t.jobs {
+		if j.lease == nil {
+			continue
+		}
+		if j.write.dirty || j.write.busy {
+			j.rec.Rev++
+			if _, err := t.writeRecord(ctx, &j.rec); err != nil && ctx.Err() != nil {
+				break
+			}
+		}
+		if !j.rec.Progress.Status.Terminal() {
+			ids = append(ids, id)
+		}
+	}
+	if len(ids) == 0 {
+		return
+	}
+	if err := t.store.Release(ctx, t.owner, ids); err != nil {
+		t.opts.logger.Warn("comfyui: leases were not given back; they run out by themselves", "pod", t.opts.name, "error", err)
+	}
+}
