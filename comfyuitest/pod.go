@@ -28,6 +28,8 @@ type Pod struct {
 	client  *http.Client
 	addr    string
 
+	chance chance // set by tests of this package, before the first request
+
 	life   context.Context // ends with Close
 	finish context.CancelFunc
 
@@ -306,10 +308,10 @@ func (p *Pod) accept(front net.Listener) {
 // at once. Nodes go on. Several freezes end with the last thaw.
 func (p *Pod) Freeze() (thaw func()) {
 	current := p.current()
-	if current == nil || !current.loop.enter(current.ctx) {
+	if current == nil {
 		return func() {}
 	}
-	return sync.OnceFunc(current.loop.leave)
+	return current.loop.freeze(current.ctx)
 }
 
 // KillWorker ends the worker thread: prompts are accepted and never run, the one that runs stays in queue_running for ever.
@@ -439,6 +441,7 @@ func (p *Pod) boot() {
 		proc.hub.toEveryone("status", object{{"status", execInfo(remaining)}})
 		p.changed.signal()
 	})
+	proc.queue.taking = func(id string) { p.chance.hold(id, paceTake) }
 	proc.executor = newExecutor(proc)
 	base := context.WithValue(ctx, processKey{}, proc)
 	proc.server = &http.Server{

@@ -159,16 +159,13 @@ func (r *route) match(segments []string) (map[string]string, bool) {
 			}
 			continue
 		}
+		value, err := url.PathUnescape(segments[i])
 		// aiohttp's dynamic segments hold at least one character, and no brace.
-		if segments[i] == "" || strings.ContainsAny(segments[i], "{}") {
+		if err != nil || value == "" || strings.ContainsAny(value, "{}") {
 			return nil, false
 		}
 		if vars == nil {
 			vars = map[string]string{}
-		}
-		value, err := url.PathUnescape(segments[i])
-		if err != nil {
-			value = segments[i]
 		}
 		vars[strings.Trim(segment, "{}")] = value
 	}
@@ -254,7 +251,7 @@ func (p *process) readBody(r *http.Request) ([]byte, *answer) {
 
 // guard is what the server does before any route: it refuses foreign origins and answers OPTIONS.
 func (p *process) guard(r *http.Request) *answer {
-	if p.version.atLeast(0, 3, 76) && r.Header.Get("Sec-Fetch-Site") == "cross-site" {
+	if p.version.atLeast(0, 19, 0) && r.Header.Get("Sec-Fetch-Site") == "cross-site" {
 		return emptyAnswer(http.StatusForbidden)
 	}
 	if origin := r.Header.Get("Origin"); origin != "" && foreignOrigin(r.Host, origin) {
