@@ -442,7 +442,11 @@ func (w *Workflow) canonical() []byte {
 		return rawjson.AppendCanonical(nil, w.ui)
 	}
 	nodes := slices.SortedFunc(slices.Values(w.nodes), byID)
-	out := []byte{'{'}
+	size := 2
+	for _, n := range nodes {
+		size += len(n.id) + len(n.raw) + 4
+	}
+	out := append(make([]byte, 0, size), '{')
 	for i, n := range nodes {
 		if i > 0 {
 			out = append(out, ',')

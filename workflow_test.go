@@ -580,3 +580,28 @@ func pngChunk(kind, data string) string {
 	out = append(out, kind+data...)
 	return string(binary.BigEndian.AppendUint32(out, crc32.ChecksumIEEE(out[4:])))
 }
+
+// A job takes a snapshot and a hash of its workflow, and a recovered one parses it.
+func BenchmarkWorkflow(b *testing.B) {
+	data, err := os.ReadFile("internal/media/testdata/subgraph.png")
+	require.NoError(b, err)
+	w := parsed(b, string(data))
+	text, err := w.MarshalJSON()
+	require.NoError(b, err)
+	b.Run("hash", func(b *testing.B) {
+		b.ReportAllocs()
+		b.SetBytes(int64(len(text)))
+		for b.Loop() {
+			w.Clone().hash()
+		}
+	})
+	b.Run("parse", func(b *testing.B) {
+		b.ReportAllocs()
+		b.SetBytes(int64(len(text)))
+		for b.Loop() {
+			if err := new(Workflow).UnmarshalJSON(text); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
