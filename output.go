@@ -515,7 +515,8 @@ func (c *PodClient) checkFile(resp *http.Response, f FileRef) error {
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	if mediaType == "text/html" && !strings.Contains(strings.ToLower(path.Ext(f.Filename)), "htm") {
 		page, _ := io.ReadAll(io.LimitReader(resp.Body, refusalReply)) // what there is of it
-		return c.endpoint.malformed(viewOp, resp, page, errors.New("a page came instead of the file"))
+		answer := &reply{status: resp.StatusCode, header: resp.Header, sent: resp.Request.Header, path: resp.Request.URL.Path, body: page}
+		return c.endpoint.malformed(viewOp, answer, errors.New("a page came instead of the file"))
 	}
 	if encoding := resp.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
 		return c.protocolError(resp, "the file came compressed, which was not asked for")
