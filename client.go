@@ -738,8 +738,8 @@ func (c *PodClient) Recover(ctx context.Context) iter.Seq2[*Job, error] {
 				}
 				continue
 			}
-			if rec.Owner == t.owner {
-				continue // driven here already, or being submitted right now
+			if followed := false; !t.ask(func() { followed = t.jobs[rec.JobID] != nil }) || followed {
+				continue
 			}
 			taken, more := c.recoverOne(ctx, t, rec, yield)
 			if !more {

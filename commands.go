@@ -79,7 +79,10 @@ type submitted struct {
 	promptID   string
 	clientID   string
 	number     float64
-	posts      int // POSTs that were made; 0: it was found
+	posts      int  // POSTs that were made; 0: it was found
+	answered   bool // the last of them was answered with a number
+	postedAt   time.Time
+	heard      int64 // frames that the stream had heard then
 	nodeErrors map[string]wire.NodeErrors
 	workflow   json.RawMessage // with uploaded names; nil: unchanged
 	err        *Error
@@ -245,9 +248,9 @@ func (t *tracker) accepted(j *tracked, r submitted, now time.Time) {
 		t.register(j)
 	}
 	j.look = false
-	t.noteNumber(j, r.number)
-	if r.posts > 0 {
-		t.suspectDeaf(now) // each POST makes the pod send a status frame to everyone
+	t.noteNumber(j, r, now)
+	if r.answered { // each POST makes the pod send a status frame to everyone
+		t.suspectDeaf(r.postedAt, r.heard, now)
 	}
 	var warnings []*Error
 	if len(r.nodeErrors) > 0 {
@@ -281,17 +284,20 @@ func (t *tracker) accepted(j *tracked, r submitted, now time.Time) {
 	}
 }
 
-// noteNumber watches the pod's counter: one that goes back belongs to another process.
-func (t *tracker) noteNumber(j *tracked, number float64) {
-	if j.number != nil || j.rec.Options.Front || number != math.Trunc(number) || number < 0 {
+// noteNumber watches the pod's counter: one that goes back belongs to another process. Answers may overtake each other, so
+// only a POST that was sent after the higher number had come proves that.
+func (t *tracker) noteNumber(j *tracked, r submitted, now time.Time) {
+	if !r.answered || j.number != nil || j.rec.Options.Front || r.number != math.Trunc(r.number) || r.number < 0 {
 		return
 	}
-	if number < t.pod.highest {
+	if r.number < t.pod.highest {
+		if !r.postedAt.After(t.pod.highestAt) {
+			return
+		}
 		t.restarted()
-		j.incarnation = t.pod.incarnation
-		t.lookBy(time.Now())
+		t.lookBy(now)
 	}
-	t.pod.highest = number
+	t.pod.highest, t.pod.highestAt = r.number, now
 }
 
 // stopPosting makes the submission under way stop at the next safe point.
@@ -322,6 +328,9 @@ func (s *submission) run(ctx context.Context) submitted {
 	workflow, err := s.upload(ctx)
 	if err != nil {
 		return submitted{err: s.blame(err)}
+	}
+	if workflow != nil {
+		s.rec.Workflow = workflow
 	}
 	if s.free {
 		if err := s.t.endpoint.freeMemory(ctx, true, true); err != nil {
@@ -377,6 +386,7 @@ func (s *submission) post(ctx context.Context) (submitted, error) {
 	if s.posts == 1 {
 		s.t.counters.attempts.Add(1)
 	}
+	postedAt, heard := time.Now(), s.t.stream.heard.Load()
 	reply, outcome, err := s.t.endpoint.postPrompt(ctx, body, func() error { return s.lease.confirm(ctx) })
 	switch outcome {
 	case postAccepted:
@@ -386,7 +396,7 @@ func (s *submission) post(ctx context.Context) (submitted, error) {
 		}
 		return submitted{
 			accepted: true, attempt: s.rec.Attempt, promptID: id, clientID: s.t.opts.clientID, number: reply.Number,
-			nodeErrors: reply.NodeErrors, posts: s.posts,
+			nodeErrors: reply.NodeErrors, posts: s.posts, answered: reply.PromptID != "", postedAt: postedAt, heard: heard,
 		}, nil
 	case postRefused, postUnsent:
 		return submitted{}, err
@@ -611,6 +621,7 @@ type reconciler struct {
 	fingerprint bool   // compare the process with the one before
 	oldest      string // its oldest history entry
 	ended       string // a history entry that was read
+	heard       int64  // frames that the stream had heard when the look began
 
 	err      error
 	whole    bool // the whole queue was read
@@ -857,6 +868,7 @@ type cancelState struct {
 	busy    bool
 	next    time.Time
 	tries   int
+	refused bool // it cannot be done without hitting another's job
 	touched bool // the pod has said that it took the prompt out or will stop it
 }
 
@@ -917,7 +929,7 @@ func (t *tracker) cancelRequested(jobID string, w *cancelWaiter) {
 		}
 		j.cancel.waiters[w] = struct{}{}
 	}
-	j.rec.CancelRequested = true
+	j.rec.CancelRequested, j.cancel.refused = true, false
 	if j.lease != nil {
 		if w == nil {
 			t.wantCancel(j, now)
@@ -971,7 +983,7 @@ func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 		t.contact(now)
 	case CategoryOf(err) == CategoryConflict && !errors.Is(err, ErrFenced):
 		// It cannot be done without hitting another's job: the job goes on.
-		j.rec.CancelRequested = false
+		j.rec.CancelRequested, c.refused = false, true
 		c.until = now
 		c.release(j.failure(CategoryConflict, err))
 	default:

@@ -90,6 +90,7 @@ type podView struct {
 	silentSince  time.Time // the first failure since then; zero: none
 	incarnation  int       // raised by every restart that is proven
 	highest      float64   // the highest number that the pod's own counter gave
+	highestAt    time.Time // when that was learned
 	oldest       string    // its oldest history entry, when last seen
 	ended        string    // the newest history entry that was read
 	movedAt      time.Time // when its queue last changed
@@ -476,7 +477,10 @@ func (t *tracker) admit(a admission) *Job {
 	} else {
 		j.rec = *a.rec
 	}
-	j.first = j.rec.Attempt
+	j.first = 1
+	if a.reopened {
+		j.first = j.rec.Attempt
+	}
 	j.inputs, j.number, j.secrets = a.opts.inputs, a.opts.number, secretsOf(a.opts.extraData)
 	j.movedAt, j.seenAt = now, now
 	t.listenIn(j, a)
@@ -1106,10 +1110,10 @@ func (t *tracker) streamChanged(s *stream, state StreamState, err error) {
 	}
 }
 
-// suspectDeaf starts the clock for a stream that should have told what a look found.
-func (t *tracker) suspectDeaf(now time.Time) {
-	if t.pod.stream == StreamUp && t.due.deaf.IsZero() && now.Sub(t.pod.upSince) > 0 {
-		t.due.deaf, t.due.deafCount = now.Add(deafAfter), t.stream.heard.Load()
+// suspectDeaf starts the clock for a stream that should have brought a frame since some moment: heard is the count of then.
+func (t *tracker) suspectDeaf(since time.Time, heard int64, now time.Time) {
+	if t.pod.stream == StreamUp && t.due.deaf.IsZero() && since.After(t.pod.upSince) && t.stream.heard.Load() == heard {
+		t.due.deaf, t.due.deafCount = now.Add(deafAfter), heard
 	}
 }
 
@@ -1221,7 +1225,7 @@ func (t *tracker) look(now time.Time) {
 	t.due.looking = true
 	r := &reconciler{
 		endpoint: t.endpoint, started: now, wanted: wanted, fingerprint: t.pod.fingerprints, oldest: t.pod.oldest, ended: t.pod.ended,
-		heavy: t.pod.queueBytes > heavyQueue,
+		heavy: t.pod.queueBytes > heavyQueue, heard: t.stream.heard.Load(),
 	}
 	t.errand.do(func(ctx context.Context) func() {
 		r.run(ctx)
@@ -1296,14 +1300,14 @@ func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
 		t.onSight(j, now)
 		wasRunning := j.rec.Started
 		if t.observe(j, obsRunning{at.number}, now) && !wasRunning && heardOf {
-			t.suspectDeaf(now)
+			t.suspectDeaf(r.started, r.heard, now)
 		}
 	case placePending:
 		t.onSight(j, now)
 		t.observe(j, obsQueued{at.number, at.ahead}, now)
 	case placeHistory:
 		if j.attempt.ended == nil && heardOf {
-			t.suspectDeaf(now)
+			t.suspectDeaf(r.started, r.heard, now)
 		}
 		t.historyRead(j, at.entry, now)
 	case placeAbsent:
@@ -1555,7 +1559,7 @@ func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
 		j.write.failures = 0
 		j.write.attempt = max(j.write.attempt, rec.Attempt)
 		j.rec.Epoch, j.rec.Rev = rec.Epoch, max(j.rec.Rev, rec.Rev)
-		if stored.CancelRequested && !j.rec.CancelRequested {
+		if stored.CancelRequested && !j.rec.CancelRequested && !j.cancel.refused {
 			j.rec.CancelRequested = true
 			t.wantCancel(j, now)
 		}
@@ -1653,7 +1657,7 @@ func (t *tracker) lostLease(j *tracked) {
 
 // readIntent looks whether somebody has asked for a cancel; nothing else may be written for a while that would tell.
 func (t *tracker) readIntent(j *tracked) {
-	if j.rec.CancelRequested {
+	if j.rec.CancelRequested || j.cancel.refused {
 		return
 	}
 	id := j.rec.JobID
