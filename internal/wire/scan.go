@@ -17,14 +17,6 @@ import (
 // have a shape from which nothing true can be told.
 var ErrMalformed = errors.New("malformed")
 
-// validUTF8 returns b, or a copy in which what is no UTF-8 is U+FFFD.
-func validUTF8(b []byte) []byte {
-	if utf8.Valid(b) {
-		return b
-	}
-	return bytes.ToValidUTF8(b, []byte("\uFFFD"))
-}
-
 // maxDepth is how deeply objects and lists may be nested. Python's own encoder gives up near its recursion limit of
 // 1000, so no ComfyUI sends more.
 const maxDepth = 1000
@@ -196,7 +188,7 @@ func (s *scanner) str() []byte {
 }
 
 // text reads a string, or what a number or a boolean reads as: ids should be strings, and servers and nodes are not strict
-// about it. Null and containers are the empty text. The result is valid until the next call.
+// about it. Null, NaN, the infinities and containers are nil. The result is valid until the next call.
 func (s *scanner) text() []byte {
 	switch c := s.at(); {
 	case c == '"':
@@ -215,12 +207,11 @@ func (s *scanner) text() []byte {
 
 // number reads a number as a finite one: NaN as 0, the infinities and numbers too large as ±math.MaxFloat64. No number is 0.
 func (s *scanner) number() float64 {
-	switch token := s.numberToken(); {
-	case len(token) == 0 || token[0] == 'N':
+	token := s.numberToken()
+	if len(token) == 0 || token[0] == 'N' {
 		return 0
-	default:
-		return parseFloat(token)
 	}
+	return parseFloat(token)
 }
 
 // integer reads a number, its fraction cut off, and what does not fit as the nearest that does. No number is 0.

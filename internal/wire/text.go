@@ -230,9 +230,12 @@ func (m *Message) complete() {
 	}
 }
 
-// release lets go of the frame.
+// release lets go of the frame, and of scratch that an unusual one has made large.
 func (d *Decoder) release() {
 	d.s.b, d.s.key = nil, nil
+	if cap(d.peeked) > maxScratch {
+		d.peeked = nil
+	}
 }
 
 // name reads the type of a message.
@@ -292,7 +295,11 @@ func (d *Decoder) data(m *Message) {
 
 func (d *Decoder) prompt() string {
 	id := d.s.text()
-	if string(id) != d.promptID {
+	switch {
+	case string(id) == d.promptID:
+	case len(id) > maxInternedLen:
+		return string(id)
+	default:
 		d.promptID = d.names.str(id)
 	}
 	return d.promptID
