@@ -1003,3 +1003,27 @@ func BenchmarkDownload(b *testing.B) {
 		})
 	}
 }
+
+// What a job saved carries the workflow that made it, and an output can be the input of the next one.
+func TestSavedImageCarriesItsWorkflow(t *testing.T) {
+	t.Parallel()
+	pod := comfyuitest.Start(t)
+	c, err := NewPodClient(pod.URL())
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = c.Close() })
+	made := parsed(t, `{"1":{"class_type":"EmptyImage","inputs":{"width":8,"height":8,"batch_size":1,"color":18}},
+		"2":{"class_type":"SaveImage","inputs":{"images":["1",0],"filename_prefix":"sub/a"}}}`)
+	result, err := c.Execute(t.Context(), made)
+	require.NoError(t, err)
+	paths, err := result.SaveAll(t.Context(), t.TempDir())
+	require.NoError(t, err)
+	require.Len(t, paths, 1)
+	loaded, err := LoadWorkflow(paths[0])
+	require.NoError(t, err)
+	assert.Equal(t, made.hash(), loaded.hash())
+
+	next := parsed(t, `{"1":{"class_type":"LoadImage","inputs":{"image":""}},"2":{"class_type":"SaveImage","inputs":{"images":["1",0],"filename_prefix":"b"}}}`)
+	require.NoError(t, next.Set("LoadImage", "image", result.Outputs[0]))
+	_, err = c.Execute(t.Context(), next)
+	require.NoError(t, err)
+}
