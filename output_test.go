@@ -678,6 +678,28 @@ func TestS42NamesNeverLeaveDir(t *testing.T) {
 	}
 }
 
+// S42: a pod refuses such folders with a 403, which says nothing of credentials and nothing of the other files.
+func TestS42RefusedFolderStopsNothing(t *testing.T) {
+	t.Parallel()
+	pod := comfyuitest.Start(t, comfyuitest.WithNode("Save", saves("output", "x.png", noise(10))))
+	c := clientOf(t, pod.URL(), hasty())
+	result := &Result{}
+	for _, f := range []FileRef{
+		{"x.png", "..", "output"}, {"x.png", "/etc", "output"}, {"../x.png", "", "output"}, {"/etc/passwd", "", "output"}, {"x.png", "a/../..", "output"},
+	} {
+		result.Outputs = append(result.Outputs, Output{File: &f, pod: c})
+		_, err := c.Open(t.Context(), f)
+		assert.Equal(t, CategoryValidation, CategoryOf(err), f)
+		assert.ErrorContains(t, err, "outside its folders")
+	}
+	result.Outputs = append(result.Outputs, savedOn(t, pod, c, "Save")...)
+	dir := t.TempDir()
+	paths, err := result.SaveAll(t.Context(), dir)
+	require.Error(t, err)
+	assert.Equal(t, []string{filepath.Join(dir, "x.png")}, paths)
+	assert.Len(t, tree(t, dir), 1)
+}
+
 // S42: symbolic links in dir lead nowhere outside.
 func TestS42SymlinksNeverLeaveDir(t *testing.T) {
 	t.Parallel()
