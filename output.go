@@ -59,6 +59,12 @@ func (f FileRef) query() url.Values {
 	return q
 }
 
+// isOutside tells whether the server's own check of the folder fails: 403, as for wrong credentials.
+func (f FileRef) isOutside() bool {
+	folder := f.query().Get("subfolder")
+	return !filepath.IsLocal(filepath.FromSlash(cmp.Or(folder, "."))) || path.IsAbs(folder)
+}
+
 // Output is one value that a node has put out: a file, a text, or anything else as Raw. Key is under which it stood, such as
 // "images", "gifs", "audio" or "text".
 type Output struct {
@@ -438,14 +444,25 @@ func (d *download) ask() (*http.Response, error) {
 	}
 	resp, err := d.pod.endpoint.view(d.ctx, d.file.query(), header)
 	var failed *Error
-	if errors.As(err, &failed) && failed.Category == CategoryNotFound {
+	if errors.As(err, &failed) {
+		d.explain(failed)
+	}
+	return resp, err
+}
+
+// explain says what a refusal means for a file.
+func (d *download) explain(failed *Error) {
+	switch {
+	case failed.Category == CategoryNotFound:
 		hint := ""
 		if d.file.Type == "temp" {
 			hint = ", and temp files are gone when a pod restarts"
 		}
 		failed.Err = fmt.Errorf("the pod has no file %s%s: %w", d.file, hint, failed.Err)
+	case failed.StatusCode == http.StatusForbidden && d.file.isOutside(): // it is not about credentials
+		failed.Category = CategoryValidation
+		failed.Err = fmt.Errorf("the pod serves no file outside its folders, as %s is: %w", d.file, failed.Err)
 	}
-	return resp, err
 }
 
 // errRestarted: what was handed out has been taken back, and the answer is of no use.

@@ -678,6 +678,28 @@ func TestS42NamesNeverLeaveDir(t *testing.T) {
 	}
 }
 
+// S42: a pod refuses such folders with a 403, which says nothing of credentials and nothing of the other files.
+func TestS42RefusedFolderStopsNothing(t *testing.T) {
+	t.Parallel()
+	pod := comfyuitest.Start(t, comfyuitest.WithNode("Save", saves("output", "x.png", noise(10))))
+	c := clientOf(t, pod.URL(), hasty())
+	result := &Result{}
+	for _, f := range []FileRef{
+		{"x.png", "..", "output"}, {"x.png", "/etc", "output"}, {"../x.png", "", "output"}, {"/etc/passwd", "", "output"}, {"x.png", "a/../..", "output"},
+	} {
+		result.Outputs = append(result.Outputs, Output{File: &f, pod: c})
+		_, err := c.Open(t.Context(), f)
+		assert.Equal(t, CategoryValidation, CategoryOf(err), f)
+		assert.ErrorContains(t, err, "outside its folders")
+	}
+	result.Outputs = append(result.Outputs, savedOn(t, pod, c, "Save")...)
+	dir := t.TempDir()
+	paths, err := result.SaveAll(t.Context(), dir)
+	require.Error(t, err)
+	assert.Equal(t, []string{filepath.Join(dir, "x.png")}, paths)
+	assert.Len(t, tree(t, dir), 1)
+}
+
 // S42: symbolic links in dir lead nowhere outside.
 func TestS42SymlinksNeverLeaveDir(t *testing.T) {
 	t.Parallel()
@@ -1002,4 +1024,28 @@ func BenchmarkDownload(b *testing.B) {
 			}
 		})
 	}
+}
+
+// What a job saved carries the workflow that made it, and an output can be the input of the next one.
+func TestSavedImageCarriesItsWorkflow(t *testing.T) {
+	t.Parallel()
+	pod := comfyuitest.Start(t)
+	c, err := NewPodClient(pod.URL())
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = c.Close() })
+	made := parsed(t, `{"1":{"class_type":"EmptyImage","inputs":{"width":8,"height":8,"batch_size":1,"color":18}},
+		"2":{"class_type":"SaveImage","inputs":{"images":["1",0],"filename_prefix":"sub/a"}}}`)
+	result, err := c.Execute(t.Context(), made)
+	require.NoError(t, err)
+	paths, err := result.SaveAll(t.Context(), t.TempDir())
+	require.NoError(t, err)
+	require.Len(t, paths, 1)
+	loaded, err := LoadWorkflow(paths[0])
+	require.NoError(t, err)
+	assert.Equal(t, made.hash(), loaded.hash())
+
+	next := parsed(t, `{"1":{"class_type":"LoadImage","inputs":{"image":""}},"2":{"class_type":"SaveImage","inputs":{"images":["1",0],"filename_prefix":"b"}}}`)
+	require.NoError(t, next.Set("LoadImage", "image", result.Outputs[0]))
+	_, err = c.Execute(t.Context(), next)
+	require.NoError(t, err)
 }
