@@ -26,8 +26,9 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/comfypod/comfyui/internal/wire"
 	"github.com/gorilla/websocket"
+
+	"github.com/comfypod/comfyui/internal/wire"
 )
 
 // Category says what kind of failure an error is, and so what may help: it chooses the RetryPolicy. New ones may be added.
