@@ -4,18 +4,30 @@ import (
 	"bytes"
 	"container/heap"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"hash/fnv"
 	"io"
 	"iter"
 	"maps"
 	"math"
+	"os"
 	"reflect"
+	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
+
+	"github.com/redis/go-redis/v9"
+
+	"github.com/comfypod/comfyui/internal/packed"
+	"github.com/comfypod/comfyui/internal/redisscript"
 )
 
 // recordSchema is the version of Record's JSON that this package writes, and the newest that it reads. It is raised only by a
@@ -393,12 +405,12 @@ func storeError(method, jobID string, r *Record, err error) error {
 	return e
 }
 
-// errBadRecord is a call that no store can carry out.
-var errBadRecord = errors.New("comfyui: a record needs a job id")
+// errBadRecord is a record that no store can keep.
+var errBadRecord = errors.New("the record cannot be stored")
 
 func checkRecord(r *Record) error {
 	if r == nil || r.JobID == "" {
-		return errBadRecord
+		return fmt.Errorf("%w: it has no job id", errBadRecord)
 	}
 	return checkSchema(r.Schema, r.JobID)
 }
@@ -681,7 +693,20 @@ func (s *MemoryStore) Watch(ctx context.Context, jobID string) iter.Seq2[Event, 
 			defer s.mu.Unlock()
 			j.watches = slices.DeleteFunc(j.watches, func(q *versionQueue) bool { return q == versions })
 		}()
-		versions.yieldEvents(ctx, jobID, yield)
+		t := teller{yield: yield}
+		for {
+			for _, v := range versions.take() {
+				if !t.tell(v) {
+					return
+				}
+			}
+			select {
+			case <-versions.wake:
+			case <-ctx.Done():
+				yield(Event{}, storeError("watch", jobID, t.told, ctx.Err()))
+				return
+			}
+		}
 	}
 }
 
@@ -786,6 +811,947 @@ func (h *expiryHeap) Pop() any {
 	return j
 }
 
+// RedisStore is a Store and a Watcher for many processes, on a single Redis, Sentinel or Cluster. Everything of one job is in
+// one hash slot, and every change is one script that gives the same result when go-redis repeats it because a reply was lost.
+// Times are the server's. A RedisStore starts goroutines only inside its calls, and one subscription while somebody watches.
+//
+// Redis must keep what it has acknowledged as well as the jobs need it kept: with asynchronous replication a failover loses the
+// last writes, which owners then write again.
+type RedisStore struct {
+	client  redis.UniversalClient
+	options redisOptions
+
+	watching sync.Mutex
+	feed     *redisFeed // nil while nobody watches
+}
+
+// RedisOption configures a RedisStore; see NewRedisStore.
+type RedisOption func(*redisOptions)
+
+type redisOptions struct {
+	prefix      string
+	shards      int
+	callTimeout time.Duration
+}
+
+// NewRedisStore returns a store on client, which stays the caller's: close it after the clients that use the store. It does no
+// I/O. It refuses nil and *redis.Ring, on which a rehash would fork the truth. It needs Redis 6.2 or later, with
+// maxmemory-policy noeviction: a Redis that evicts keys loses jobs.
+func NewRedisStore(client redis.UniversalClient, opts ...RedisOption) (*RedisStore, error) {
+	if v := reflect.ValueOf(client); !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil() {
+		return nil, errors.New("comfyui: NewRedisStore needs a Redis client")
+	}
+	if _, ring := client.(*redis.Ring); ring {
+		return nil, errors.New("comfyui: a *redis.Ring cannot hold jobs: when a node goes, their keys move and a job gets a second record; use a single Redis, Sentinel or Cluster")
+	}
+	o := redisOptions{prefix: "comfyui", shards: 16, callTimeout: 5 * time.Second}
+	for _, opt := range opts {
+		if opt != nil {
+			opt(&o)
+		}
+	}
+	switch {
+	case o.prefix == "" || strings.ContainsAny(o.prefix, "{}"):
+		return nil, fmt.Errorf("comfyui: the Redis prefix %q is empty or has a brace, which would move keys to other slots", o.prefix)
+	case o.shards < 1 || o.shards > maxRedisShards:
+		return nil, fmt.Errorf("comfyui: %d Redis shards; use 1 to %d", o.shards, maxRedisShards)
+	case o.callTimeout <= 0:
+		return nil, fmt.Errorf("comfyui: the Redis call timeout %v is not positive", o.callTimeout)
+	}
+	return &RedisStore{client: client, options: o}, nil
+}
+
+const (
+	maxRedisShards = 1024
+	// redisBatch is how many jobs one script handles, so that none keeps Redis from its other work for long.
+	redisBatch = 128
+	// redisPipeline is how many scripts go into one round trip that reads records, which bounds what is held in memory.
+	redisPipeline = 8
+)
+
+// RedisPrefix sets what all keys and channels begin with, in braces and with the number of the shard: "{comfyui:7}:…". The
+// default is "comfyui". Programs that share a prefix share their jobs.
+func RedisPrefix(prefix string) RedisOption { return func(o *redisOptions) { o.prefix = prefix } }
+
+// RedisShards sets over how many hash slots the jobs are spread, 1 to 1024; the default is 16. It is fixed for the life of a
+// prefix: with another number the same job has another key.
+func RedisShards(n int) RedisOption { return func(o *redisOptions) { o.shards = n } }
+
+// RedisCallTimeout bounds each call, whatever the timeouts and retries of the client's own options; the default is 5s. A call
+// that touches many shards or pages has this for each round trip.
+func RedisCallTimeout(d time.Duration) RedisOption {
+	return func(o *redisOptions) { o.callTimeout = d }
+}
+
+func (s *RedisStore) shardOf(jobID string) int {
+	h := fnv.New32a()
+	_, _ = io.WriteString(h, jobID)
+	return int(h.Sum32() % uint32(s.options.shards))
+}
+
+func (s *RedisStore) key(shard int, name string) string {
+	return "{" + s.options.prefix + ":" + strconv.Itoa(shard) + "}:" + name
+}
+
+func (s *RedisStore) index(shard int) string { return s.key(shard, "unfinished") }
+
+func (s *RedisStore) job(jobID string) string { return s.key(s.shardOf(jobID), "job:"+jobID) }
+
+func (s *RedisStore) channel(jobID string) string { return s.key(s.shardOf(jobID), "watch:"+jobID) }
+
+// Create implements Store.
+func (s *RedisStore) Create(ctx context.Context, r *Record, ttl time.Duration) (*Record, error) {
+	if err := checkRecord(r); err != nil {
+		return nil, storeError("create", jobIDOf(r), nil, err)
+	}
+	w, err := redisWriteOf(r)
+	if err != nil {
+		return nil, storeError("create", r.JobID, nil, err)
+	}
+	ended := "0"
+	if r.Progress.Status.Terminal() {
+		ended = "1" // the first epoch
+	}
+	a, err := s.run(ctx, redisscript.Create, []string{s.job(r.JobID), s.index(s.shardOf(r.JobID))},
+		r.JobID, s.channel(r.JobID), recordSchema, r.Owner, r.Rev, flag(r.CancelRequested), r.Pod, string(r.Progress.Status), ended,
+		ttl.Microseconds(), w.retention, w.record, w.workflowSum, w.workflow())
+	return s.settle("create", r, w, a, err)
+}
+
+// Get implements Store.
+func (s *RedisStore) Get(ctx context.Context, jobID string) (*Record, error) {
+	a, err := s.run(ctx, redisscript.Get, []string{s.job(jobID)})
+	return s.settle("get", &Record{JobID: jobID}, nil, a, err)
+}
+
+// Update implements Store.
+func (s *RedisStore) Update(ctx context.Context, r *Record) (*Record, error) {
+	if err := checkRecord(r); err != nil {
+		return nil, storeError("update", jobIDOf(r), nil, err)
+	}
+	w, err := redisWriteOf(r)
+	if err != nil {
+		return nil, storeError("update", r.JobID, nil, err)
+	}
+	write := func(workflow []byte) (redisAnswer, error) {
+		return s.run(ctx, redisscript.Update, []string{s.job(r.JobID), s.index(s.shardOf(r.JobID))},
+			r.JobID, s.channel(r.JobID), recordSchema, r.Owner, r.Epoch, r.Rev, flag(r.CancelRequested), r.Pod, string(r.Progress.Status),
+			flag(r.Progress.Status.Terminal()), w.retention, w.record, w.workflowSum, workflow)
+	}
+	// The workflow, which can be large, hardly ever changes: it is sent only when Redis asks for it.
+	a, err := write(nil)
+	if err == nil && a.verdict == redisscript.NeedWorkflow {
+		a, err = write(w.workflow())
+	}
+	return s.settle("update", r, w, a, err)
+}
+
+// Claim implements Store.
+func (s *RedisStore) Claim(ctx context.Context, jobID, owner string, ttl time.Duration) (*Record, error) {
+	a, err := s.run(ctx, redisscript.Claim, []string{s.job(jobID), s.index(s.shardOf(jobID))},
+		jobID, recordSchema, owner, ttl.Microseconds())
+	return s.settle("claim", &Record{JobID: jobID}, nil, a, err)
+}
+
+// Renew implements Store.
+func (s *RedisStore) Renew(ctx context.Context, owner string, ttl time.Duration, jobIDs []string) (lost []string, err error) {
+	err = s.runBatches(ctx, "renew", redisscript.Renew, jobIDs, []any{owner, ttl.Microseconds()}, func(reply any) error {
+		ids, ok := reply.([]any)
+		if !ok {
+			return errBadReply
+		}
+		for _, id := range ids {
+			id, ok := id.(string)
+			if !ok {
+				return errBadReply
+			}
+			lost = append(lost, id)
+		}
+		return nil
+	})
+	return lost, err
+}
+
+// Release implements Store.
+func (s *RedisStore) Release(ctx context.Context, owner string, jobIDs []string) error {
+	return s.runBatches(ctx, "release", redisscript.Release, jobIDs, []any{owner}, func(any) error { return nil })
+}
+
+// RequestCancel implements Store.
+func (s *RedisStore) RequestCancel(ctx context.Context, jobID string) (*Record, error) {
+	a, err := s.run(ctx, redisscript.RequestCancel, []string{s.job(jobID)}, recordSchema)
+	return s.settle("request cancel", &Record{JobID: jobID}, nil, a, err)
+}
+
+// Unfinished implements Store. It asks all shards at once for a page of their ids, and reads the next records while those
+// before are decoded.
+func (s *RedisStore) Unfinished(ctx context.Context, pod string) iter.Seq2[*Record, error] {
+	return func(yield func(*Record, error) bool) {
+		walk, stop := context.WithCancel(ctx)
+		batches := make(chan redisRead)
+		var reader sync.WaitGroup
+		reader.Go(func() {
+			defer close(batches)
+			s.readUnfinished(walk, pod, batches)
+		})
+		defer reader.Wait()
+		defer stop()
+
+		for b := range batches {
+			for _, found := range b.decode() {
+				if !yield(found.record, found.err) {
+					return
+				}
+			}
+			if b.err != nil && !yield(nil, storeError("unfinished", "", nil, b.err)) {
+				return
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			yield(nil, storeError("unfinished", "", nil, err))
+		}
+	}
+}
+
+// redisRead is what one round trip of a walk brought: the replies to redisscript.Read, and why there are not more.
+type redisRead struct {
+	replies []any
+	err     error
+}
+
+// readUnfinished sends the records of pod to batches. A shard that cannot be read is left out, with an error; when none can,
+// the walk ends.
+func (s *RedisStore) readUnfinished(ctx context.Context, pod string, batches chan<- redisRead) {
+	send := func(b redisRead) bool {
+		select {
+		case batches <- b:
+			return true
+		case <-ctx.Done():
+			return false
+		}
+	}
+	cursors := make(map[int]string, s.options.shards) // of the shards that have more
+	for shard := range s.options.shards {
+		cursors[shard] = "0"
+	}
+	seen := map[string]struct{}{} // ZSCAN may repeat an entry
+	for len(cursors) > 0 {
+		ids, err := s.scanIndexes(ctx, cursors, seen)
+		if err != nil && !send(redisRead{err: err}) {
+			return
+		}
+		for some := range slices.Chunk(s.batchesOf(ids), redisPipeline) {
+			b := redisRead{}
+			b.replies, b.err = s.runPipeline(ctx, redisscript.Read, some, []any{pod})
+			if !send(b) || b.err != nil && len(b.replies) == 0 {
+				return
+			}
+		}
+	}
+}
+
+// scanIndexes returns the new ids of the next page of every shard, and moves the cursors. Shards that are at their end or
+// cannot be read leave cursors.
+func (s *RedisStore) scanIndexes(ctx context.Context, cursors map[int]string, seen map[string]struct{}) (ids []string, err error) {
+	asked := maps.Clone(cursors)
+	pages, err := callRedis(ctx, s, func(ctx context.Context) (map[int]*redis.Cmd, error) {
+		pipe := s.client.Pipeline()
+		pages := make(map[int]*redis.Cmd, len(asked))
+		for shard, cursor := range asked {
+			pages[shard] = redisscript.Scan.Eval(ctx, pipe, []string{s.index(shard)}, cursor, 4*redisBatch)
+		}
+		_, err := pipe.Exec(ctx)
+		return pages, err
+	})
+	clear(cursors)
+	for shard, page := range pages {
+		reply, ok := page.Val().([]any)
+		if page.Err() != nil || !ok || len(reply) != 2 {
+			continue
+		}
+		if cursor, _ := reply[0].(string); cursor != "0" {
+			cursors[shard] = cursor
+		}
+		entries, _ := reply[1].([]any)
+		for i := 0; i+1 < len(entries); i += 2 { // id, score
+			id, ok := entries[i].(string)
+			if _, repeated := seen[id]; ok && !repeated {
+				seen[id] = struct{}{}
+				ids = append(ids, id)
+			}
+		}
+	}
+	return ids, err
+}
+
+// foundRecord is one record of a walk, or why it cannot be read.
+type foundRecord struct {
+	record *Record
+	err    error
+}
+
+// decode reads all records of a batch, on as many processors as there are.
+func (b redisRead) decode() []foundRecord {
+	var answers []any
+	for _, reply := range b.replies {
+		list, _ := reply.([]any)
+		answers = append(answers, list...)
+	}
+	found := make([]foundRecord, len(answers))
+	var workers sync.WaitGroup
+	each := max(16, (len(answers)+runtime.GOMAXPROCS(0)-1)/runtime.GOMAXPROCS(0))
+	for from := 0; from < len(answers); from += each {
+		workers.Go(func() {
+			for i := from; i < min(from+each, len(answers)); i++ {
+				a, err := answerOf(answers[i])
+				id := a.verdict // Read puts the id there
+				if err == nil {
+					found[i].record, err = a.record()
+				}
+				if err != nil {
+					found[i].err = storeError("unfinished", id, nil, err)
+				}
+			}
+		})
+	}
+	workers.Wait()
+	return found
+}
+
+// redisWrite is a record as the scripts take it.
+type redisWrite struct {
+	content     *Record // as it will be stored
+	record      []byte  // JSON, without the workflow
+	workflowSum string  // "": no workflow
+	retention   int64   // ms; 0: for good
+}
+
+func redisWriteOf(r *Record) (*redisWrite, error) {
+	content := storedContent(r, r)
+	rest := *content
+	rest.Workflow = nil
+	record, err := rest.MarshalJSON()
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errBadRecord, err)
+	}
+	w := &redisWrite{content: content, record: record, retention: max(0, ceilMillis(r.Retention))}
+	if len(content.Workflow) > 0 {
+		sum := sha256.Sum256(content.Workflow)
+		w.workflowSum = hex.EncodeToString(sum[:16])
+	}
+	return w, nil
+}
+
+// workflow is packed; nil: none.
+func (w *redisWrite) workflow() []byte {
+	if w.workflowSum == "" {
+		return nil
+	}
+	return packed.Pack(w.content.Workflow)
+}
+
+// ceilMillis rounds up: what is kept for a while is not kept for good.
+func ceilMillis(d time.Duration) int64 { return (d + time.Millisecond - 1).Milliseconds() }
+
+func flag(b bool) string {
+	if b {
+		return "1"
+	}
+	return "0"
+}
+
+// settle turns a verdict on r into what a method returns. w is what was to be written.
+func (s *RedisStore) settle(method string, r *Record, w *redisWrite, a redisAnswer, err error) (*Record, error) {
+	var stored *Record
+	if err == nil {
+		switch a.verdict {
+		case redisscript.Written:
+			var h hold
+			if h, err = a.hold(); err == nil && w != nil {
+				return h.record(w.content, r), nil
+			}
+		case redisscript.There:
+			stored, err = a.record()
+		case redisscript.Held:
+			stored, err = a.recordWith(ErrJobHeld)
+		case redisscript.Fenced:
+			stored, err = a.recordWith(ErrFenced)
+		case redisscript.Absent:
+			err = ErrJobNotFound
+		case redisscript.Schema:
+			err = a.schemaError(r.JobID)
+		default:
+			err = errBadReply
+		}
+	}
+	if err != nil {
+		return stored, storeError(method, r.JobID, stored, err)
+	}
+	return stored, nil
+}
+
+// redisAnswer is a script's reply: see package redisscript.
+type redisAnswer struct {
+	verdict string
+	fields  []any
+}
+
+var errBadReply = errors.New("a reply of Redis that no script gives: another program uses these keys")
+
+func answerOf(reply any) (redisAnswer, error) {
+	parts, _ := reply.([]any)
+	if len(parts) == 0 {
+		return redisAnswer{}, errBadReply
+	}
+	verdict, ok := parts[0].(string)
+	if !ok {
+		return redisAnswer{}, errBadReply
+	}
+	a := redisAnswer{verdict: verdict}
+	if len(parts) > 1 {
+		if a.fields, ok = parts[1].([]any); !ok {
+			a.fields = parts[1:]
+		}
+	}
+	return a, nil
+}
+
+// field is "" for one that is not there.
+func (a redisAnswer) field(i int) string {
+	if i >= len(a.fields) {
+		return ""
+	}
+	v, _ := a.fields[i].(string)
+	return v
+}
+
+// hold reads owner, epoch, rev, lease end and cancel flag.
+func (a redisAnswer) hold() (hold, error) {
+	epoch, err1 := strconv.ParseInt(a.field(1), 10, 64)
+	rev, err2 := strconv.ParseInt(a.field(2), 10, 64)
+	lease, err3 := strconv.ParseInt(a.field(3), 10, 64)
+	if err := errors.Join(err1, err2, err3); err != nil {
+		return hold{}, fmt.Errorf("%w: %w", errBadReply, err)
+	}
+	h := hold{owner: a.field(0), epoch: epoch, rev: rev, cancelRequested: a.field(4) == "1"}
+	if lease != 0 {
+		h.leaseUntil = time.UnixMicro(lease)
+	}
+	return h, nil
+}
+
+func (a redisAnswer) record() (*Record, error) {
+	h, err := a.hold()
+	if err != nil {
+		return nil, err
+	}
+	r := &Record{
+		Owner: h.owner, Epoch: h.epoch, Rev: h.rev, LeaseUntil: h.leaseUntil.UTC(), CancelRequested: h.cancelRequested,
+	}
+	if err := r.UnmarshalJSON([]byte(a.field(5))); err != nil {
+		return nil, err
+	}
+	if p := a.field(6); p != "" {
+		workflow, err := packed.Unpack([]byte(p))
+		if err != nil {
+			return nil, fmt.Errorf("the workflow of job %q: %w", r.JobID, err)
+		}
+		r.Workflow = workflow
+	}
+	return r, nil
+}
+
+// recordWith is for a record that stands against a call: that is the error, even when the record cannot be read.
+func (a redisAnswer) recordWith(refusal error) (*Record, error) {
+	r, err := a.record()
+	if err != nil {
+		return nil, errors.Join(refusal, err)
+	}
+	return r, refusal
+}
+
+func (a redisAnswer) schemaError(jobID string) error {
+	schema, err := strconv.Atoi(a.field(0))
+	if err == nil {
+		err = checkSchema(schema, jobID)
+	}
+	if err == nil {
+		err = errBadReply
+	}
+	return err
+}
+
+// run runs a script that answers.
+func (s *RedisStore) run(ctx context.Context, script *redis.Script, keys []string, args ...any) (redisAnswer, error) {
+	reply, err := callRedis(ctx, s, func(ctx context.Context) (any, error) {
+		return script.Run(ctx, s.client, keys, args...).Result()
+	})
+	if err != nil {
+		return redisAnswer{}, err
+	}
+	return answerOf(reply)
+}
+
+// redisJobs are some jobs of one shard.
+type redisJobs struct {
+	shard int
+	ids   []string
+}
+
+func (s *RedisStore) batchesOf(jobIDs []string) []redisJobs {
+	byShard := map[int][]string{}
+	for _, id := range jobIDs {
+		shard := s.shardOf(id)
+		byShard[shard] = append(byShard[shard], id)
+	}
+	var batches []redisJobs
+	for _, shard := range slices.Sorted(maps.Keys(byShard)) {
+		for ids := range slices.Chunk(byShard[shard], redisBatch) {
+			batches = append(batches, redisJobs{shard, ids})
+		}
+	}
+	return batches
+}
+
+// runBatches runs a script over jobs of any shards, in one round trip for each node, and hands each reply to take.
+func (s *RedisStore) runBatches(ctx context.Context, method string, script *redis.Script, jobIDs []string, args []any, take func(reply any) error) error {
+	if err := ctx.Err(); err != nil {
+		return storeError(method, "", nil, err)
+	}
+	replies, err := s.runPipeline(ctx, script, s.batchesOf(jobIDs), args)
+	for _, reply := range replies {
+		err = errors.Join(err, take(reply))
+	}
+	if err != nil {
+		return storeError(method, "", nil, err)
+	}
+	return nil
+}
+
+// runPipeline returns the replies of the batches that went well, and why the others did not. The scripts are sent whole: inside
+// a pipeline nothing makes up for one that Redis does not have.
+func (s *RedisStore) runPipeline(ctx context.Context, script *redis.Script, batches []redisJobs, args []any) (replies []any, err error) {
+	if len(batches) == 0 {
+		return nil, nil
+	}
+	cmds, err := callRedis(ctx, s, func(ctx context.Context) ([]*redis.Cmd, error) {
+		pipe := s.client.Pipeline()
+		sent := make([]*redis.Cmd, 0, len(batches))
+		for _, b := range batches {
+			keys := []string{s.index(b.shard)}
+			argv := slices.Clone(args)
+			for _, id := range b.ids {
+				keys = append(keys, s.key(b.shard, "job:"+id))
+				argv = append(argv, id)
+			}
+			sent = append(sent, script.Eval(ctx, pipe, keys, argv...))
+		}
+		_, err := pipe.Exec(ctx)
+		return sent, err
+	})
+	for _, cmd := range cmds {
+		if cmd.Err() == nil {
+			replies = append(replies, cmd.Val())
+		}
+	}
+	return replies, err
+}
+
+// callRedis runs do, which talks to Redis, and waits no longer than ctx and the store's timeout: go-redis does not heed a ctx
+// while it waits for a reply. When callRedis gives up, do goes on by itself until the client does (by its ReadTimeout, or when
+// it is closed). There are never more of these than connections in the client's pool, because waiting for one does heed the
+// ctx.
+func callRedis[T any](ctx context.Context, s *RedisStore, do func(ctx context.Context) (T, error)) (T, error) {
+	var none T
+	if err := ctx.Err(); err != nil {
+		return none, err
+	}
+	if s == nil || s.client == nil {
+		return none, errors.New("a RedisStore that NewRedisStore did not make")
+	}
+	type outcome struct {
+		value T
+		err   error
+	}
+	bounded, cancel := context.WithTimeout(ctx, s.options.callTimeout)
+	defer cancel()
+	done := make(chan outcome, 1)
+	go func() {
+		value, err := do(bounded)
+		done <- outcome{value, err}
+	}()
+	var o outcome
+	select {
+	case o = <-done:
+	case <-bounded.Done():
+		select {
+		case o = <-done:
+		default:
+			o.err = bounded.Err()
+		}
+	}
+	switch {
+	case o.err == nil:
+	case ctx.Err() != nil:
+		o.err = ctx.Err()
+	case bounded.Err() != nil:
+		o.err = s.noAnswer()
+	}
+	return o.value, o.err
+}
+
+func (s *RedisStore) noAnswer() error {
+	return fmt.Errorf("no answer from Redis within %v: %w", s.options.callTimeout, os.ErrDeadlineExceeded)
+}
+
+const (
+	// redisWatchGet is how often a watch looks at the record although notifications come: one of them may have been lost.
+	redisWatchGet = 5 * time.Second
+	// redisWatchPoll is how often it looks while none come.
+	redisWatchPoll = time.Second
+	// redisWatchPatience is how long a watch bears that Redis fails, or has lost the record until its owner writes it again.
+	redisWatchPatience = 2 * time.Minute
+	// redisFeedPing is how often the subscription is pinged. Without a sign of life in twice that time it is made anew.
+	redisFeedPing = 10 * time.Second
+)
+
+// Watch implements Watcher. All watches of a store share one subscription. A Redis that fails is borne for two minutes.
+func (s *RedisStore) Watch(ctx context.Context, jobID string) iter.Seq2[Event, error] {
+	return func(yield func(Event, error) bool) {
+		r, err := s.Get(ctx, jobID)
+		if err != nil {
+			yield(Event{}, storeError("watch", jobID, nil, errors.Unwrap(err)))
+			return
+		}
+		t := teller{yield: yield}
+		if !t.tell(r) {
+			return
+		}
+		w := s.join(jobID)
+		defer s.leave(ctx, w)
+		// What was written since the snapshot the record tells: now, or when the subscription is confirmed.
+		look := time.NewTimer(redisWatchPoll)
+		defer look.Stop()
+		if w.live.Load() {
+			look.Reset(0)
+		}
+		var failing time.Time
+		for {
+			select {
+			case <-w.wake:
+			case <-w.look:
+				look.Reset(0)
+				continue
+			case <-look.C:
+				r, err = s.Get(ctx, jobID)
+				switch {
+				case err == nil:
+					failing = time.Time{}
+				case failing.IsZero():
+					failing = time.Now()
+				case time.Since(failing) >= redisWatchPatience:
+					yield(Event{}, storeError("watch", jobID, t.told, errors.Unwrap(err)))
+					return
+				}
+				if err != nil || !w.live.Load() {
+					look.Reset(redisWatchPoll)
+				} else {
+					look.Reset(redisWatchGet)
+				}
+			case <-ctx.Done():
+			}
+			if err := ctx.Err(); err != nil {
+				yield(Event{}, storeError("watch", jobID, t.told, err))
+				return
+			}
+			heard := w.take()
+			for _, v := range heard {
+				if newer(v, t.told) && !t.tell(v) {
+					return
+				}
+			}
+			// The record is the truth, even if it is older than what was told: Redis has lost something. But what was heard
+			// while it was read may be newer than it.
+			if r != nil && (newer(r, t.told) || len(heard) == 0 && newer(t.told, r)) && !t.tell(r) {
+				return
+			}
+			r = nil
+		}
+	}
+}
+
+// newer orders two versions of a record.
+func newer(a, b *Record) bool { return a.Epoch > b.Epoch || a.Epoch == b.Epoch && a.Rev > b.Rev }
+
+// redisWatch is one watch of a job.
+type redisWatch struct {
+	*versionQueue
+	feed    *redisFeed
+	channel string
+	look    chan struct{} // holds one token when the record must be looked at: notifications may have been missed
+	live    atomic.Bool   // notifications come
+}
+
+func (w *redisWatch) lookAgain() {
+	select {
+	case w.look <- struct{}{}:
+	default:
+	}
+}
+
+// redisFeed is the subscription behind the watches of a store. It lives as long as there are any.
+type redisFeed struct {
+	store   *RedisStore
+	stop    context.CancelFunc
+	done    chan struct{} // closed when its goroutines have ended
+	changed chan struct{} // holds one token when watches has changed
+
+	mu      sync.Mutex
+	watches map[string][]*redisWatch // by channel
+	live    map[string]bool          // channels whose notifications come
+}
+
+func (s *RedisStore) join(jobID string) *redisWatch {
+	w := &redisWatch{versionQueue: newVersionQueue(), channel: s.channel(jobID), look: make(chan struct{}, 1)}
+	s.watching.Lock()
+	defer s.watching.Unlock()
+	if s.feed == nil {
+		ctx, stop := context.WithCancel(context.Background())
+		s.feed = &redisFeed{
+			store: s, stop: stop, done: make(chan struct{}), changed: make(chan struct{}, 1),
+			watches: map[string][]*redisWatch{}, live: map[string]bool{},
+		}
+		go s.feed.run(ctx)
+	}
+	w.feed = s.feed
+	s.feed.add(w)
+	return w
+}
+
+// leave ends a watch, and with the last one the feed. It waits for the feed's goroutines, but no longer than a call may take.
+func (s *RedisStore) leave(ctx context.Context, w *redisWatch) {
+	s.watching.Lock()
+	last := w.feed.remove(w)
+	if last {
+		s.feed = nil
+	}
+	s.watching.Unlock()
+	if !last {
+		return
+	}
+	w.feed.stop()
+	bound := time.NewTimer(s.options.callTimeout)
+	defer bound.Stop()
+	select {
+	case <-w.feed.done:
+	case <-ctx.Done():
+	case <-bound.C:
+	}
+}
+
+func (f *redisFeed) add(w *redisWatch) {
+	f.mu.Lock()
+	f.watches[w.channel] = append(f.watches[w.channel], w)
+	w.live.Store(f.live[w.channel])
+	f.mu.Unlock()
+	f.change()
+}
+
+func (f *redisFeed) remove(w *redisWatch) (last bool) {
+	f.mu.Lock()
+	left := slices.DeleteFunc(f.watches[w.channel], func(other *redisWatch) bool { return other == w })
+	if f.watches[w.channel] = left; len(left) == 0 {
+		delete(f.watches, w.channel)
+	}
+	last = len(f.watches) == 0
+	f.mu.Unlock()
+	f.change()
+	return last
+}
+
+func (f *redisFeed) change() {
+	select {
+	case f.changed <- struct{}{}:
+	default:
+	}
+}
+
+// run keeps a subscription until ctx ends.
+func (f *redisFeed) run(ctx context.Context) {
+	defer close(f.done)
+	const shortest, longest = 100 * time.Millisecond, 5 * time.Second
+	wait := shortest
+	for {
+		if heard := f.subscribe(ctx); heard {
+			wait = shortest
+		}
+		f.deaf()
+		pause := time.NewTimer(wait)
+		select {
+		case <-ctx.Done():
+			pause.Stop()
+			return
+		case <-pause.C:
+			wait = min(2*wait, longest)
+		}
+	}
+}
+
+// subscribe holds one subscription to the channels of all watches until it fails, and reports whether it heard anything.
+func (f *redisFeed) subscribe(ctx context.Context) (heard bool) {
+	sub := f.store.client.Subscribe(ctx)
+	var reader sync.WaitGroup
+	defer reader.Wait()
+	defer func() { _ = sub.Close() }()
+
+	subscribed := map[string]bool{}
+	if err := f.adjust(ctx, sub, subscribed); err != nil {
+		return false
+	}
+	failed, signs := make(chan struct{}), make(chan struct{}, 1)
+	reader.Go(func() {
+		defer close(failed)
+		f.read(ctx, sub, signs)
+	})
+	ping := time.NewTicker(redisFeedPing)
+	defer ping.Stop()
+	for quiet := 0; ; {
+		var err error
+		select {
+		case <-ctx.Done():
+			return heard
+		case <-failed:
+			return heard
+		case <-signs:
+			heard, quiet = true, 0
+		case <-f.changed:
+			err = f.adjust(ctx, sub, subscribed)
+		case <-ping.C:
+			if quiet++; quiet > 2 {
+				return heard
+			}
+			err = f.ping(ctx, sub)
+		}
+		if err != nil {
+			return heard
+		}
+	}
+}
+
+// adjust subscribes to what is watched and to nothing else.
+func (f *redisFeed) adjust(ctx context.Context, sub *redis.PubSub, subscribed map[string]bool) error {
+	var add, drop []string
+	f.mu.Lock()
+	for channel := range f.watches {
+		if !subscribed[channel] {
+			add = append(add, channel)
+		}
+	}
+	for channel := range subscribed {
+		if f.watches[channel] == nil {
+			drop = append(drop, channel)
+			delete(f.live, channel)
+		}
+	}
+	f.mu.Unlock()
+
+	ctx, cancel := context.WithTimeout(ctx, f.store.options.callTimeout)
+	defer cancel()
+	if len(add) > 0 {
+		if err := sub.Subscribe(ctx, add...); err != nil {
+			return err
+		}
+	}
+	if len(drop) > 0 {
+		if err := sub.Unsubscribe(ctx, drop...); err != nil {
+			return err
+		}
+	}
+	for _, channel := range add {
+		subscribed[channel] = true
+	}
+	for _, channel := range drop {
+		delete(subscribed, channel)
+	}
+	return nil
+}
+
+func (f *redisFeed) ping(ctx context.Context, sub *redis.PubSub) error {
+	ctx, cancel := context.WithTimeout(ctx, f.store.options.callTimeout)
+	defer cancel()
+	return sub.Ping(ctx)
+}
+
+// read hands on what comes until the subscription fails or is closed.
+func (f *redisFeed) read(ctx context.Context, sub *redis.PubSub, signs chan<- struct{}) {
+	for {
+		message, err := sub.Receive(ctx)
+		if err != nil {
+			return
+		}
+		select {
+		case signs <- struct{}{}:
+		default:
+		}
+		switch m := message.(type) {
+		case *redis.Subscription:
+			if m.Kind == "subscribe" {
+				f.confirmed(m.Channel)
+			}
+		case *redis.Message:
+			f.notified(m.Channel, m.Payload)
+		}
+	}
+}
+
+// confirmed: from here on notifications come; what was written before, the record tells.
+func (f *redisFeed) confirmed(channel string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.live[channel] = true
+	for _, w := range f.watches[channel] {
+		w.live.Store(true)
+		w.lookAgain()
+	}
+}
+
+// deaf: no notifications come until there is a new subscription.
+func (f *redisFeed) deaf() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	clear(f.live)
+	for _, watches := range f.watches {
+		for _, w := range watches {
+			w.live.Store(false)
+			w.lookAgain()
+		}
+	}
+}
+
+// notified hands a version of a record to those who watch it, or has them look for themselves.
+func (f *redisFeed) notified(channel, payload string) {
+	r, err := versionOf(payload)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, w := range f.watches[channel] {
+		if err != nil {
+			w.lookAgain()
+		} else {
+			w.put(r)
+		}
+	}
+}
+
+// versionOf reads a notification: epoch, rev, and the record's JSON, which is left out when it is long.
+func versionOf(payload string) (*Record, error) {
+	head, record, _ := strings.Cut(payload, "\n")
+	epoch, rev, _ := strings.Cut(head, " ")
+	e, err1 := strconv.ParseInt(epoch, 10, 64)
+	v, err2 := strconv.ParseInt(rev, 10, 64)
+	r := &Record{Epoch: e, Rev: v}
+	return r, errors.Join(err1, err2, r.UnmarshalJSON([]byte(record)))
+}
+
 // storedContent is the part of r that a store in memory keeps: a copy without the workflow of an ended job, and without
 // the client that outputs are opened with, which no other store could keep. The workflow is shared with old's if it is the
 // same.
@@ -852,31 +1818,24 @@ func (q *versionQueue) take() []*Record {
 	return versions
 }
 
-// yieldEvents tells the versions as they come, from a snapshot to the terminal event.
-func (q *versionQueue) yieldEvents(ctx context.Context, jobID string, yield func(Event, error) bool) {
-	var told *Record
-	for {
-		for _, v := range q.take() {
-			for _, e := range eventsBetween(told, v) {
-				if e.Time.IsZero() {
-					e.Time = time.Now()
-				}
-				if !yield(e, nil) {
-					return
-				}
-			}
-			if v.Progress.Status.Terminal() {
-				return
-			}
-			told = v
+// teller tells the receiver of a watch what versions of a record mean, from a snapshot to the terminal event.
+type teller struct {
+	yield func(Event, error) bool
+	told  *Record // the version told last; nil: none
+}
+
+// tell reports whether the watch goes on.
+func (t *teller) tell(v *Record) bool {
+	for _, e := range eventsBetween(t.told, v) {
+		if e.Time.IsZero() {
+			e.Time = time.Now()
 		}
-		select {
-		case <-q.wake:
-		case <-ctx.Done():
-			yield(Event{}, storeError("watch", jobID, told, ctx.Err()))
-			return
+		if !t.yield(e, nil) {
+			return false
 		}
 	}
+	t.told = v
+	return !v.Progress.Status.Terminal()
 }
 
 // sameState reports whether two versions of a record tell the same states, so that the older one can be left out.

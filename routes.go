@@ -502,7 +502,7 @@ func (e *endpoint) transport(from *http.Transport) *http.Transport {
 	t := from.Clone()
 	t.DialContext = (&net.Dialer{Timeout: max(e.timing.Connect, 0), KeepAlive: 30 * time.Second}).DialContext
 	t.TLSHandshakeTimeout = max(e.timing.Connect, 0)
-	t.MaxIdleConnsPerHost = 16
+	t.MaxIdleConnsPerHost = posters + errands + 8 // so that no connection is dropped that the next call needs
 	t.MaxResponseHeaderBytes = 1 << 20
 	// Without pings a dead HTTP/2 connection would swallow call after call.
 	t.HTTP2 = &http.HTTP2Config{SendPingTimeout: max(e.timing.Ping, 0), PingTimeout: max(e.timing.Connect, 0)}

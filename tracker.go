@@ -41,6 +41,7 @@ type tracker struct {
 	retrier  *retrier
 	counters *counters
 	store    Store
+	inMemory bool   // it is a MemoryStore
 	owner    string // random: the identity behind leases
 
 	ctx     context.Context //nolint:containedctx // the life of the tracker's goroutines
@@ -67,6 +68,8 @@ type tracker struct {
 	current  map[*stream]string // the prompt that a stream's frames last named
 	pod      podView
 	due      dues
+	news     []Event      // of the observation that is being taken in: kept for its room
+	msg      wire.Message // the frame that is being taken in
 }
 
 // gauges are what Stats reads of the tracker's state.
@@ -121,6 +124,7 @@ func newTracker(c *PodClient) *tracker {
 		frames: make(chan frame, frameBuffer), jobs: map[string]*tracked{}, byPrompt: map[string]*tracked{},
 		adopted: map[string]*stream{}, current: map[*stream]string{},
 	}
+	_, t.inMemory = t.store.(*MemoryStore)
 	t.mail.wake = make(chan struct{}, 1)
 	t.prompts.ids = map[string]struct{}{}
 	t.posting, t.errand, t.writing = &crew{t: t, limit: posters}, &crew{t: t, limit: errands}, &crew{t: t, limit: writers}
@@ -168,7 +172,7 @@ func (t *tracker) run() {
 			return
 		case <-t.mail.wake:
 		case f := <-t.frames:
-			t.frame(f)
+			t.frame(&f)
 			t.moreFrames()
 		case <-timer.C:
 			set = time.Time{}
@@ -185,7 +189,7 @@ func (t *tracker) moreFrames() {
 	for range frameBuffer {
 		select {
 		case f := <-t.frames:
-			t.frame(f)
+			t.frame(&f)
 		default:
 			return
 		}
@@ -556,8 +560,9 @@ func (t *tracker) offPod(j *tracked) {
 // observe takes an observation in and spreads its news. It reports whether there was any.
 func (t *tracker) observe(j *tracked, o observation, now time.Time) bool {
 	wasAccepted := j.rec.Accepted
-	var room [2]Event
-	evs := j.apply(o, now, room[:0])
+	t.news = j.apply(o, now, t.news[:0])
+	evs := t.news
+	defer clear(evs)
 	if j.rec.Accepted && !wasAccepted {
 		t.onPod(j, now)
 		j.handle.accept()
@@ -939,7 +944,7 @@ func (t *tracker) streamIn(s *stream, state StreamState, err error) {
 
 // frame takes one frame in. A frame that names no prompt is about nobody, but for what only a running node can send: that
 // belongs to the prompt that this stream last named.
-func (t *tracker) frame(f frame) {
+func (t *tracker) frame(f *frame) {
 	now := time.Now()
 	t.contact(now)
 	switch {
@@ -962,7 +967,8 @@ func (t *tracker) frame(f frame) {
 		t.statusFrame(f.msg.Remaining, now)
 		return
 	}
-	t.message(f.from, &f.msg, now)
+	t.msg = f.msg
+	t.message(f.from, &t.msg, now)
 }
 
 func (t *tracker) message(from *stream, m *wire.Message, now time.Time) {
@@ -1484,8 +1490,13 @@ func (t *tracker) writeDue(j *tracked, now time.Time) {
 	}
 	w.dirty, w.urgent, w.busy = false, false, true
 	j.rec.Rev++
-	rec := j.rec.Clone()
 	t.gauges.unwritten.Add(1)
+	if t.inMemory { // takes a lock, copies, and that is all: no reason to go through a worker
+		stored, err := t.writeRecord(t.ctx, &j.rec)
+		t.wrote(j, &j.rec, stored, err)
+		return
+	}
+	rec := j.rec.Clone()
 	t.writing.do(func(ctx context.Context) func() {
 		stored, err := t.writeRecord(ctx, rec)
 		return func() { t.wrote(j, rec, stored, err) }

@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// outputCache holds what nodes gave, by the signature of a node and all that is before it. Until 0.3.76 a job's start drops
+// outputCache holds what nodes gave, by the signature of a node and all that is before it. Before 0.23.0 a job's start drops
 // whatever its graph does not use; since then entries stay as long as memory lasts.
 type outputCache struct {
 	keepsAll   bool
@@ -46,7 +46,7 @@ type nodeUI struct{ meta, output object }
 const maxKeptEntries = 4096
 
 func newOutputCache(v version) *outputCache {
-	return &outputCache{keepsAll: v.atLeast(0, 3, 76), top: newCacheLevel()}
+	return &outputCache{keepsAll: v.atLeast(0, 23, 0), top: newCacheLevel()}
 }
 
 func newCacheLevel() *cacheLevel {

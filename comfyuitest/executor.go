@@ -84,6 +84,7 @@ func (e *executor) execute(it *item) bool {
 	}
 	e.process.queue.done(it, entry)
 	if r.client.known {
+		r.pace(paceIdle)
 		e.process.hub.toClient(r.client, "executing", object{{"node", nil}, {"prompt_id", it.id}})
 	}
 	return true
@@ -246,10 +247,12 @@ func (r *run) execute() (entry *historyEntry, alive bool) {
 	e := r.executor
 	e.begin(r.client)
 	r.process.pod.book.began(r.item.id)
+	r.pace(paceStart)
 	r.addMessage("execution_start", object{{"prompt_id", r.item.id}}, false)
 	e.cache.begin(r.dyn, r.signer.sign)
 	e.keepInstances(r.item.graph)
 	cached := slices.DeleteFunc(slices.Clone(r.item.graph.order), func(id string) bool { return !r.isCached(id) })
+	r.pace(paceCached)
 	r.addMessage("execution_cached", object{{"nodes", cached}, {"prompt_id", r.item.id}}, false)
 
 	known := e.cache.nodeIDs(r.dyn)
@@ -281,6 +284,7 @@ func (r *run) execute() (entry *historyEntry, alive bool) {
 		case stepPending:
 		}
 	}
+	r.pace(paceEnd)
 	r.process.pod.book.ended(r.item.id)
 	r.addMessage("execution_success", object{{"prompt_id", r.item.id}}, false)
 	return r.finish(success), true
@@ -301,7 +305,7 @@ func (r *run) finish(success bool) *historyEntry {
 	if !r.process.version.atLeast(0, 3, 68) {
 		r.showCache()
 	}
-	entry := &historyEntry{item: r.item, extra: r.item.publicExtra(), outputs: object{}, meta: object{}, messages: r.messages, status: "error"}
+	entry := &historyEntry{item: r.item, extra: r.item.publicExtra(r.process.version), outputs: object{}, meta: object{}, messages: r.messages, status: "error"}
 	if success {
 		entry.status = "success"
 	}
@@ -392,6 +396,7 @@ func (r *run) sendCached(id string, ui *nodeUI) {
 		output = ui.output
 	}
 	if r.client.known {
+		r.pace(paceExecuted + " " + id)
 		r.process.hub.toClient(r.client, "executed", object{
 			{"node", id}, {"display_node", r.dyn.display(id)}, {"output", output}, {"prompt_id", r.item.id},
 		})
@@ -404,7 +409,7 @@ func (r *run) sendCached(id string, ui *nodeUI) {
 // forgetsCachedOutputs is the fault of the versions in which a job without client_id has no outputs in the history for the
 // nodes that it took from the cache (C#14939).
 func (v version) forgetsCachedOutputs() bool {
-	return v.atLeast(0, 19, 0) && !v.atLeast(0, 28, 0)
+	return v.atLeast(0, 3, 68) && !v.atLeast(0, 28, 0)
 }
 
 // begin starts a node.
@@ -417,6 +422,7 @@ func (r *run) begin(id string) (stepResult, *nodeFailure) {
 	r.startProgress(id)
 	inputs := r.inputsOf(n, class)
 	if r.client.known {
+		r.pace(paceExecute + " " + id)
 		r.executor.setLastNode(r.dyn.display(id))
 		r.process.hub.toClient(r.client, "executing", object{
 			{"node", id}, {"display_node", r.dyn.display(id)}, {"prompt_id", r.item.id},
@@ -699,6 +705,7 @@ func (r *run) showUI(id string, output object) {
 	r.executor.cache.setUI(r.dyn, id, ui)
 	r.show(id, ui)
 	if r.client.known {
+		r.pace(paceExecuted + " " + id)
 		r.process.hub.toClient(r.client, "executed", object{
 			{"node", id}, {"display_node", r.dyn.display(id)}, {"output", output}, {"prompt_id", r.item.id},
 		})
@@ -846,7 +853,7 @@ func (r *run) fail(id string, inputs object, err error) (stepResult, *nodeFailur
 	}
 	class := r.dyn.node(id).class
 	return stepFailed, &nodeFailure{
-		node: r.dyn.real(id), typ: raised.ExceptionType, message: raised.Message + "\n" + r.process.version.tips(class, raised),
+		node: r.dyn.real(id), typ: raised.ExceptionType, message: raised.Message + r.process.version.tips(class, raised),
 		traceback: traceback(class, raised), inputs: inputs,
 	}
 }
@@ -858,14 +865,21 @@ const (
 		"node make sure the correct file(s) and type is selected."
 )
 
-// tips is the advice that the server appends to a message.
+// tips is what the server appends to a message: since 0.3.42 a line feed, and advice where it has some.
 func (v version) tips(class string, e *NodeError) string {
+	if !v.atLeast(0, 3, 42) {
+		return ""
+	}
+	return "\n" + v.advice(class, e)
+}
+
+func (v version) advice(class string, e *NodeError) string {
 	switch {
 	case e.ExceptionType == "torch.OutOfMemoryError" || e.ExceptionType == "torch.cuda.OutOfMemoryError":
 		return tipsMemory
-	case e.ExceptionType == "torch.AcceleratorError" && strings.Contains(e.Message, "out of memory") && v.atLeast(0, 3, 77):
+	case e.ExceptionType == "torch.AcceleratorError" && strings.Contains(e.Message, "out of memory") && v.atLeast(0, 17, 0):
 		return tipsMemory
-	case e.ExceptionType == "RuntimeError" && strings.Contains(e.Message, "mat1 and mat2 shapes") && strings.Contains(class, "Sampler") && v.atLeast(0, 3, 68):
+	case e.ExceptionType == "RuntimeError" && strings.Contains(e.Message, "mat1 and mat2 shapes") && strings.Contains(class, "Sampler") && v.atLeast(0, 14, 0):
 		return tipsShapes
 	}
 	return ""
@@ -882,6 +896,7 @@ func traceback(class string, e *NodeError) []string {
 
 // reportFailure sends the terminal event of a job that did not succeed.
 func (r *run) reportFailure(f *nodeFailure, known []string) {
+	r.pace(paceEnd)
 	class := ""
 	if n := r.item.graph.nodes[f.node]; n != nil {
 		class = n.class

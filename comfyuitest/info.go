@@ -39,7 +39,7 @@ func addInfoRoutes(t *routeTable, v version) {
 // features is what the server announces, over HTTP and on the socket.
 func (p *process) features() object {
 	f := object{{"supports_preview_metadata", true}}
-	if p.version.atLeast(0, 33, 0) {
+	if p.version.atLeast(0, 28, 0) {
 		f = append(f, field{"supports_model_type_tags", true})
 	}
 	// The limit is a number of megabytes times a million: whole for the default, a float as soon as the flag is given.
@@ -48,13 +48,13 @@ func (p *process) features() object {
 		limit = float64(p.pod.config.maxUpload)
 	}
 	f = append(f, field{"max_upload_size", limit})
-	if p.version.atLeast(0, 5, 0) {
+	if p.version.atLeast(0, 4, 0) {
 		f = append(f, field{"extension", object{{"manager", object{{"supports_v4", true}}}}})
 	}
 	if p.version.atLeast(0, 14, 0) {
 		f = append(f, field{"node_replacements", true})
 	}
-	if p.version.atLeast(0, 16, 0) {
+	if p.version.atLeast(0, 17, 0) {
 		f = append(f, field{"assets", false})
 	}
 	return f
@@ -67,14 +67,14 @@ const (
 
 func (p *process) getSystemStats(*request) *answer {
 	system := object{{"os", "posix"}}
-	if p.version.atLeast(0, 3, 76) {
+	if p.version.atLeast(0, 4, 0) {
 		system[0].value = "linux"
 	}
 	system = append(system,
 		field{"ram_total", podMemory}, field{"ram_free", podMemoryFree}, field{"comfyui_version", p.version.String()},
 		field{"required_frontend_version", "1.45.20"}, field{"installed_templates_version", nil},
 		field{"required_templates_version", "0.11.1"})
-	if p.version.atLeast(0, 19, 0) {
+	if p.version.atLeast(0, 22, 0) {
 		system = append(system, field{"comfy_package_versions", []any{
 			object{{"name", "comfyui-frontend-package"}, {"installed", "1.45.20"}, {"required", "1.45.20"}},
 		}})
@@ -82,7 +82,7 @@ func (p *process) getSystemStats(*request) *answer {
 	system = append(system,
 		field{"python_version", "3.11.7 (main, May  9 2026, 07:35:25) [GCC 12.2.0]"},
 		field{"pytorch_version", "2.15.0+cpu"}, field{"embedded_python", false})
-	if p.version.atLeast(0, 19, 0) {
+	if p.version.atLeast(0, 25, 0) {
 		system = append(system, field{"deploy_environment", "local-git"})
 	}
 	system = append(system, field{"argv", p.argv()})
@@ -121,13 +121,15 @@ func (v version) modelFolders() []string {
 		}
 		folders = append(folders, name)
 	}
-	add(v.atLeast(0, 3, 51), "model_patches", "")
-	add(v.atLeast(0, 3, 56), "audio_encoders", "")
-	add(v.atLeast(0, 3, 76), "latent_upscale_models", "custom_nodes")
-	add(v.atLeast(0, 33, 0), "datasets", "hypernetworks")
-	for _, name := range []string{"background_removal", "frame_interpolation", "geometry_estimation", "optical_flow", "detection"} {
-		add(v.atLeast(0, 27, 0), name, "")
-	}
+	add(v.atLeast(0, 3, 52), "model_patches", "")
+	add(v.atLeast(0, 3, 53), "audio_encoders", "")
+	add(v.atLeast(0, 3, 71), "latent_upscale_models", "custom_nodes")
+	add(v.atLeast(0, 30, 0), "datasets", "hypernetworks")
+	add(v.atLeast(0, 21, 0), "background_removal", "")
+	add(v.atLeast(0, 20, 0), "frame_interpolation", "")
+	add(v.atLeast(0, 22, 0), "geometry_estimation", "")
+	add(v.atLeast(0, 21, 0), "optical_flow", "")
+	add(v.atLeast(0, 23, 0), "detection", "")
 	return folders
 }
 
@@ -166,7 +168,7 @@ func (p *process) getFiles(r *request) *answer {
 	names := make([]string, len(files))
 	for i, f := range files {
 		names[i] = f.name
-		if p.version.atLeast(0, 3, 76) {
+		if p.version.atLeast(0, 20, 0) {
 			names[i] += " [" + kind + "]"
 		}
 	}
@@ -176,7 +178,7 @@ func (p *process) getFiles(r *request) *answer {
 func (p *process) getPage(*request) *answer {
 	a := &answer{kind: "text/html", body: []byte("<!doctype html><html lang=\"en\"><head><title>ComfyUI</title></head><body></body></html>\n")}
 	a.header = http.Header{"Cache-Control": {"no-cache"}}
-	if p.version.atLeast(0, 3, 76) {
+	if p.version.atLeast(0, 18, 0) {
 		a.header.Set("Cache-Control", "no-store, must-revalidate")
 	}
 	return a
@@ -203,7 +205,7 @@ func newLogBook() *logBook { return &logBook{} }
 
 // log writes a line; colour is what newer versions put around important ones.
 func (p *process) log(text string, colour bool) {
-	if p.version.atLeast(0, 19, 0) {
+	if p.version.atLeast(0, 23, 0) {
 		if colour {
 			text = "\x1b[32m" + strings.TrimSuffix(text, "\n") + "\x1b[0m\n"
 		}
@@ -321,7 +323,7 @@ func (p *process) getUserdata(r *request) *answer {
 func (p *process) userFileInfo(name, shown string) object {
 	f, _ := p.files.get(kindUser, path.Dir(name), path.Base(name))
 	info := object{{"path", shown}, {"size", len(f.data)}, {"modified", f.modified.UnixMilli()}}
-	if p.version.atLeast(0, 3, 76) {
+	if p.version.atLeast(0, 3, 49) {
 		info = append(info, field{"created", f.modified.UnixMilli()})
 	}
 	return info

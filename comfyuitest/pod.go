@@ -28,6 +28,8 @@ type Pod struct {
 	client  *http.Client
 	addr    string
 
+	chance chance // set by tests of this package, before the first request
+
 	life   context.Context // ends with Close
 	finish context.CancelFunc
 
@@ -306,10 +308,10 @@ func (p *Pod) accept(front net.Listener) {
 // at once. Nodes go on. Several freezes end with the last thaw.
 func (p *Pod) Freeze() (thaw func()) {
 	current := p.current()
-	if current == nil || !current.loop.enter(current.ctx) {
+	if current == nil {
 		return func() {}
 	}
-	return sync.OnceFunc(current.loop.leave)
+	return current.loop.freeze(current.ctx)
 }
 
 // KillWorker ends the worker thread: prompts are accepted and never run, the one that runs stays in queue_running for ever.
@@ -375,7 +377,7 @@ func (p *Pod) Streams() int {
 	return 0
 }
 
-// WaitIdle waits until nothing is queued or runs. With a dead worker and a prompt in the queue that never comes about: only
+// WaitIdle waits until nothing is queued or runs, and what POST /free asked for is done. With a dead worker and a prompt in the queue that never comes about: only
 // ctx ends it then.
 func (p *Pod) WaitIdle(ctx context.Context) error {
 	for {
@@ -398,7 +400,7 @@ func (p *Pod) idle() bool {
 	if current == nil {
 		return closed
 	}
-	return current.queue.tasksRemaining() == 0 && !current.executor.isBusy()
+	return current.queue.idle() && !current.executor.isBusy()
 }
 
 func (p *Pod) current() *process {
@@ -439,6 +441,7 @@ func (p *Pod) boot() {
 		proc.hub.toEveryone("status", object{{"status", execInfo(remaining)}})
 		p.changed.signal()
 	})
+	proc.queue.taking = func(id string) { p.chance.hold(id, paceTake) }
 	proc.executor = newExecutor(proc)
 	base := context.WithValue(ctx, processKey{}, proc)
 	proc.server = &http.Server{

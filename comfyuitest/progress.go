@@ -25,6 +25,7 @@ func (r *run) entry(id string) *nodeProgress {
 }
 
 func (r *run) startProgress(id string) {
+	r.pace(paceRunning + " " + id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	entry := r.entry(id)
@@ -33,6 +34,7 @@ func (r *run) startProgress(id string) {
 }
 
 func (r *run) finishProgress(id string) {
+	r.pace(paceFinished + " " + id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	entry := r.entry(id)
@@ -51,10 +53,24 @@ func (r *run) reportTick(id string, value, limit any, image *previewImage) {
 	if described {
 		r.sendBinary(image.described(r, id))
 	}
-	r.process.hub.toClient(r.client, "progress", object{{"value", value}, {"max", limit}, {"prompt_id", r.item.id}, {"node", id}})
+	r.process.hub.toClient(r.client, "progress", object{
+		{"value", value}, {"max", limit}, {"prompt_id", r.item.id}, {"node", r.progressNode(id)},
+	})
 	if image != nil && !described {
 		r.sendBinary(image.plain())
 	}
+}
+
+// progressNode is the node that a progress frame names. Before 0.3.45 that was the one which clients had been told of last:
+// none, in a job without a client.
+func (r *run) progressNode(id string) any {
+	if r.process.version.atLeast(0, 3, 45) {
+		return id
+	}
+	if !r.client.known {
+		return nil
+	}
+	return r.dyn.display(id)
 }
 
 // sendProgressState sends the state of all nodes that have begun. The caller holds mu.

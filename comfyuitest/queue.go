@@ -148,6 +148,7 @@ type queue struct {
 	flags   freeFlags
 	wake    chan struct{}       // holds a token when there may be work
 	updated func(remaining int) // called under mu, so that the status frames keep the order of the changes
+	taking  func(id string)     // called before an item is taken; nil: nothing to do
 }
 
 // freeFlags are what /free asks for, done between jobs.
@@ -164,6 +165,13 @@ func (q *queue) tasksRemaining() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.remaining()
+}
+
+// idle tells whether nothing is left to do, flags included.
+func (q *queue) idle() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.remaining() == 0 && q.flags == freeFlags{}
 }
 
 func (q *queue) notify() {
@@ -190,6 +198,12 @@ func (q *queue) put(it *item) error {
 func (q *queue) get(ctx context.Context) (*item, error) {
 	for {
 		q.mu.Lock()
+		if len(q.pending) > 0 && q.taking != nil {
+			next := q.pending[0].id
+			q.mu.Unlock()
+			q.taking(next)
+			q.mu.Lock()
+		}
 		if len(q.pending) > 0 {
 			it, err := q.pending.pop()
 			if err == nil {

@@ -26,7 +26,10 @@ type request struct {
 }
 
 func (r *request) param(name string) (string, bool) {
-	values, given := r.URL.Query()[name]
+	// A semicolon is no separator to aiohttp: previews are asked for with preview=webp;90.
+	// What cannot be read of the rest is left out.
+	query, _ := url.ParseQuery(strings.ReplaceAll(r.URL.RawQuery, ";", "%3B"))
+	values, given := query[name]
 	if !given {
 		return "", false
 	}
@@ -159,16 +162,13 @@ func (r *route) match(segments []string) (map[string]string, bool) {
 			}
 			continue
 		}
+		value, err := url.PathUnescape(segments[i])
 		// aiohttp's dynamic segments hold at least one character, and no brace.
-		if segments[i] == "" || strings.ContainsAny(segments[i], "{}") {
+		if err != nil || value == "" || strings.ContainsAny(value, "{}") {
 			return nil, false
 		}
 		if vars == nil {
 			vars = map[string]string{}
-		}
-		value, err := url.PathUnescape(segments[i])
-		if err != nil {
-			value = segments[i]
 		}
 		vars[strings.Trim(segment, "{}")] = value
 	}
@@ -179,7 +179,9 @@ func (r *route) match(segments []string) (map[string]string, bool) {
 func (p *Pod) dispatch(w http.ResponseWriter, r *http.Request) {
 	proc, _ := r.Context().Value(processKey{}).(*process)
 	if proc == nil {
-		proc = p.current()
+		if proc = p.current(); proc != nil {
+			r = r.WithContext(proc.ctx)
+		}
 	}
 	if proc == nil || proc.ctx.Err() != nil {
 		panic(http.ErrAbortHandler)
@@ -254,7 +256,7 @@ func (p *process) readBody(r *http.Request) ([]byte, *answer) {
 
 // guard is what the server does before any route: it refuses foreign origins and answers OPTIONS.
 func (p *process) guard(r *http.Request) *answer {
-	if p.version.atLeast(0, 3, 76) && r.Header.Get("Sec-Fetch-Site") == "cross-site" {
+	if p.version.atLeast(0, 19, 0) && r.Header.Get("Sec-Fetch-Site") == "cross-site" {
 		return emptyAnswer(http.StatusForbidden)
 	}
 	if origin := r.Header.Get("Origin"); origin != "" && foreignOrigin(r.Host, origin) {

@@ -358,9 +358,9 @@ func (p *process) endStream(s *stream, err error) {
 	var broken *wsError
 	switch {
 	case s.isBlackholed():
-		// The client gave up, and no FIN comes through a black hole: the server keeps the socket for ever.
+		// The client gave up, and no FIN comes through a black hole: the server would keep the socket for ever, and its
+		// handler cleans nothing up.
 		p.hub.forget(s)
-		<-p.ctx.Done()
 		return
 	case errors.Is(err, errPeerClosed):
 		_ = s.ws.sendClose(closeNormal)

@@ -52,6 +52,7 @@ func (p *process) postPrompt(r *request) *answer {
 	case refusal != nil:
 		return jsonError(refusal.status, refusal.body)
 	}
+	outputs = p.pod.chance.order(id, outputs)
 	it := &item{number: number, id: id, graph: g, prompt: encoded(g.raw), outputs: outputs}
 	sent, _ := body.get("extra_data")
 	sentExtra, _ := sent.(object)
@@ -199,7 +200,7 @@ func (it *item) setExtra(v version, extra any) bool {
 			it.client = client{known: true, sid: clientKey(id)}
 		}
 	}
-	if v.atLeast(0, 3, 67) {
+	if v.atLeast(0, 3, 68) {
 		if !isObject {
 			return false
 		}
@@ -228,10 +229,11 @@ func clientKey(id any) string {
 	return "\x00" + string(pyJSON(id))
 }
 
-// publicExtra is extra_data as the history has it.
-func (it *item) publicExtra() any {
+// publicExtra is extra_data as the history has it: without secrets since 0.3.45, which came before they were kept out of
+// the queue.
+func (it *item) publicExtra(v version) any {
 	o, isObject := it.extra.(object)
-	if !isObject {
+	if !isObject || !v.atLeast(0, 3, 45) {
 		return it.extra
 	}
 	for _, key := range secretKeys {

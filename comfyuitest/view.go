@@ -177,7 +177,7 @@ func alphaImage(picture image.Image) image.Image {
 func (p *process) viewFile(r *request, f file, name string) *answer {
 	kind := mimeType(name)
 	a := &answer{header: disposition(name)}
-	nosniff := p.version.atLeast(0, 33, 0)
+	nosniff := p.version.atLeast(0, 28, 0)
 	if nosniff {
 		quoted := strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(name)
 		a.header = disposition(quoted)

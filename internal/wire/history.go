@@ -124,11 +124,9 @@ func (d *Decoder) messages() (messages []HistoryMessage, raw []json.RawMessage) 
 		return nil, nil
 	}
 	for s.elem() && s.take() {
-		start, bare := s.i, s.bare
-		s.bare = false
+		start := s.i
 		messages = append(messages, d.message())
 		raw = append(raw, s.copyFrom(start))
-		s.bare = s.bare || bare
 	}
 	return messages, raw
 }

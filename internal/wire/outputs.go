@@ -78,9 +78,9 @@ func (d *Decoder) outputValues(values []OutputValue, key string) []OutputValue {
 			values = d.outputValue(values, key)
 			continue
 		}
-		s.i, s.depth = start, s.depth-1
-		clear(values[before:])
+		s.rewind(start, s.depth-1)
 		s.skip()
+		clear(values[before:]) // they hold files
 		return append(values[:before], OutputValue{Key: key, Raw: s.since(start)})
 	}
 	return values

@@ -101,9 +101,7 @@ func (d *Decoder) queueItem(withGraphs bool) (item QueueItem, ok bool) {
 
 func (d *Decoder) extraData(item *QueueItem, keep bool) json.RawMessage {
 	s := &d.s
-	start, bare := s.i, s.bare
-	s.bare = false
-	defer func() { s.bare = s.bare || bare }()
+	start := s.i
 	if s.object() {
 		for s.next() {
 			switch string(s.key) {

@@ -269,8 +269,7 @@ func (d *Decoder) extraInfo() (input string, raw json.RawMessage) {
 	if s.at() != '{' {
 		return "", d.nonNull()
 	}
-	start, bare := s.i, s.bare
-	s.bare = false
+	start := s.i
 	for s.object(); s.next(); {
 		if string(s.key) == "input_name" {
 			input = d.id()
@@ -278,9 +277,7 @@ func (d *Decoder) extraInfo() (input string, raw json.RawMessage) {
 			s.skip()
 		}
 	}
-	raw = s.copyFrom(start)
-	s.bare = s.bare || bare
-	return input, raw
+	return input, s.copyFrom(start)
 }
 
 // SystemStats is the answer to GET /system_stats; sizes are in bytes.

@@ -59,16 +59,16 @@ func (e *malformedError) Unwrap() error { return ErrMalformed }
 //
 // and consumes exactly one value a turn. Every method that reads a value takes a value of another type for an absent one.
 type scanner struct {
-	b     []byte
-	i     int
-	key   []byte // of the value at hand; valid until the next call
-	buf   []byte // unescaped text; valid until the next call
-	depth int    // containers entered by object and list
-	parts int    // passed to take
-	fresh bool   // the container at hand has given nothing yet
-	bare  bool   // a NaN or Infinity was passed
-	bad   bool
-	badAt int
+	b      []byte
+	i      int
+	key    []byte // of the value at hand; valid until the next call
+	buf    []byte // unescaped text; valid until the next call
+	depth  int    // containers entered by object and list
+	parts  int    // passed to take
+	fresh  bool   // the container at hand has given nothing yet
+	bareAt int    // where the last NaN or infinity stood; -1: there was none
+	bad    bool
+	badAt  int
 }
 
 // maxScratch is how much of a buffer is kept from one document to the next.
@@ -79,7 +79,7 @@ func (s *scanner) reset(b []byte) {
 	if cap(buf) > maxScratch {
 		buf = nil
 	}
-	*s = scanner{b: b, buf: buf}
+	*s = scanner{b: b, buf: buf, bareAt: -1}
 	s.space()
 }
 
@@ -128,10 +128,6 @@ func (s *scanner) enter(open byte) bool {
 		s.skip()
 		return false
 	}
-	if s.depth == maxDepth {
-		s.fail()
-		return false
-	}
 	s.i++
 	s.depth++
 	s.fresh = true
@@ -170,7 +166,7 @@ func (s *scanner) separate(closing byte) bool {
 		s.depth--
 		s.fresh = false
 		return false
-	case s.fresh && c != 0:
+	case s.fresh:
 		s.fresh = false
 		return true
 	case c == ',':
@@ -206,12 +202,9 @@ func (s *scanner) text() []byte {
 	case c == '"':
 		return s.str()
 	case c == '-' || '0' <= c && c <= '9' || c == 't' || c == 'f':
-		start, bare := s.i, s.bare
-		s.bare = false
+		start := s.i
 		s.skip()
-		isBare := s.bare
-		s.bare = s.bare || bare
-		if s.bad || isBare {
+		if s.bad || s.bareAt == start {
 			return nil
 		}
 		return s.b[start:s.i]
@@ -272,23 +265,25 @@ func (s *scanner) boolean() bool {
 
 // raw reads any value as a copy without NaN and Infinity.
 func (s *scanner) raw() []byte {
-	start, bare := s.i, s.bare
-	s.bare = false
+	start := s.i
 	s.skip()
-	b := s.copyFrom(start)
-	s.bare = s.bare || bare
-	return b
+	return s.copyFrom(start)
 }
 
-// copyFrom copies what was passed since start. The caller has cleared s.bare at start.
+// copyFrom copies what was passed since start, without NaN and Infinity.
 func (s *scanner) copyFrom(start int) []byte {
 	switch {
 	case s.bad:
 		return nil
-	case s.bare:
+	case s.bareAt >= start:
 		return Sanitize(s.b[start:s.i])
 	}
 	return bytes.Clone(s.b[start:s.i])
+}
+
+// rewind goes back to a value that was passed, depth containers deep.
+func (s *scanner) rewind(i, depth int) {
+	s.i, s.depth, s.bareAt = i, depth, -1
 }
 
 // The parts of one document that cost a decoder much more than the few bytes that they may stand in are counted: a part takes 16 bytes
@@ -429,7 +424,7 @@ func (s *scanner) scalarEnd(i int) int {
 		return end
 	case '-', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9':
 		if c == '-' && byteAt(b, i+1) == 'I' {
-			s.bare = true
+			s.bareAt = i
 			return literalEnd(b, i+1, "Infinity")
 		}
 		return numberEnd(b, i)
@@ -440,10 +435,10 @@ func (s *scanner) scalarEnd(i int) int {
 	case 'n':
 		return literalEnd(b, i, "null")
 	case 'N':
-		s.bare = true
+		s.bareAt = i
 		return literalEnd(b, i, "NaN")
 	case 'I':
-		s.bare = true
+		s.bareAt = i
 		return literalEnd(b, i, "Infinity")
 	}
 	return -1

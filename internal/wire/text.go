@@ -213,7 +213,7 @@ func (d *Decoder) Text(frame []byte) (Message, error) {
 	s.end()
 	if dataAt >= 0 && !s.bad && (!decoded || decodedAs != m.Type) {
 		m = Message{Type: m.Type, Name: m.Name, Remaining: -1}
-		s.i, s.depth = dataAt, 1
+		s.rewind(dataAt, 1)
 		d.data(&m)
 	}
 	if s.bad {
@@ -257,8 +257,7 @@ func (d *Decoder) nameText() []byte {
 // data reads the data of a message whose Type is set.
 func (d *Decoder) data(m *Message) {
 	s := &d.s
-	start, bare := s.i, s.bare
-	s.bare = false
+	start := s.i
 	m.complete()
 	if s.object() {
 		for s.next() {
@@ -289,7 +288,6 @@ func (d *Decoder) data(m *Message) {
 	if m.Type == Other || m.Type == FeatureFlags {
 		m.Raw = s.copyFrom(start)
 	}
-	s.bare = s.bare || bare
 }
 
 func (d *Decoder) prompt() string {
