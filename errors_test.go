@@ -22,10 +22,11 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/comfypod/comfyui/internal/wire"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"pgregory.net/rapid"
+
+	"github.com/comfypod/comfyui/internal/wire"
 )
 
 var categories = []Category{
@@ -126,6 +127,27 @@ func TestErrorText(t *testing.T) {
 		},
 	} {
 		assert.Equal(t, test.want, test.err.Error())
+	}
+}
+
+func TestRedactURLs(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{
+		"nothing here":                         "nothing here",
+		"http://h:8188/a/b":                    "http://h:8188/a/b",
+		"http://u:p@h/a":                       "http://h/a",
+		"HTTPS://u:p@h/a?b=c":                  "HTTPS://h/a",
+		"x wss://h/ws?clientId=1&token=2 y":    "x wss://h/ws y",
+		"http://u:p?q@h/":                      "http://h/",
+		"http://u:p#q@h":                       "http://h",
+		"http://h/a#access_token=x":            "http://h/a",
+		"http://tok@[::1]:80/":                 "http://[::1]:80/",
+		"http://h/a@b":                         "http://h/a@b",
+		"redis://:pw@r:6379/0, rediss://u:p@r": "redis://r:6379/0, rediss://r",
+		"socks5://u:p@proxy:1080: refused":     "socks5://proxy:1080: refused",
+		`parse "http://u:p@h/%zz": invalid`:    `parse "http://h/%zz": invalid`,
+	} {
+		assert.Equal(t, want, redactURLs(text))
 	}
 }
 

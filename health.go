@@ -67,8 +67,8 @@ const (
 )
 
 // Health looks at the pod: queue, version, devices, stream. An unreachable pod is a state, not an error; the error is only for a
-// ctx that ended and for a closed client. It takes at most ten seconds, and three more when jobs wait and none runs, because one
-// look does not tell a dead worker. What cannot be seen from outside in one look (a prompt that never moves, a pod that has
+// ctx that ended and for a closed client. It takes at most 13 seconds: ten for a silent pod, and three when jobs wait and none
+// runs, because one look does not tell a dead worker. What cannot be seen from outside in one look (a prompt that never moves, a pod that has
 // been ready before) is known from earlier looks and from the jobs that the client follows.
 func (c *PodClient) Health(ctx context.Context) (Health, error) {
 	h, _, err := c.checkHealth(ctx, "health")
@@ -226,6 +226,8 @@ type probe struct {
 
 // probe looks at the pod.
 func (e *endpoint) probe(ctx context.Context, o observed) probe {
+	ctx, cancel := within(ctx, probeTime+idleWorker)
+	defer cancel()
 	p := e.lookAtQueue(ctx)
 	if p.err == nil && len(p.running) == 0 && len(p.pending) > 0 && p.waitingFor < idleWorker {
 		timer := time.NewTimer(idleWorker - p.waitingFor)
@@ -239,8 +241,6 @@ func (e *endpoint) probe(ctx context.Context, o observed) probe {
 	if p.err != nil || ctx.Err() != nil {
 		return p
 	}
-	ctx, cancel := within(ctx, probeTime)
-	defer cancel()
 	stats, err := e.systemStats(ctx)
 	p.version, p.devices, p.statsErr = stats.Version, devicesOf(stats.Devices), err
 	if err != nil {

@@ -28,8 +28,9 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/comfypod/comfyui/internal/wire"
 	"github.com/gorilla/websocket"
+
+	"github.com/comfypod/comfyui/internal/wire"
 )
 
 // ---------------------------------------------------------------- the public routes
@@ -503,6 +504,8 @@ func (e *endpoint) transport(from *http.Transport) *http.Transport {
 	t.TLSHandshakeTimeout = max(e.timing.Connect, 0)
 	t.MaxIdleConnsPerHost = posters + errands + 8 // so that no connection is dropped that the next call needs
 	t.MaxResponseHeaderBytes = 1 << 20
+	// Without pings a dead HTTP/2 connection would swallow call after call.
+	t.HTTP2 = &http.HTTP2Config{SendPingTimeout: max(e.timing.Ping, 0), PingTimeout: max(e.timing.Connect, 0)}
 	return t
 }
 

@@ -1719,3 +1719,83 @@ func checkRoutes(t *testing.T, base string) {
 	require.NoError(t, err)
 	require.NoError(t, raw.Body.Close())
 }
+
+func TestS45CloseEndsCalls(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		stop := make(chan struct{})
+		c, _ := servePipes(t, func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/view" {
+				_, _ = io.WriteString(w, "half")
+				_ = http.NewResponseController(w).Flush()
+			} else if r.URL.Path == "/queue" && r.Method == http.MethodGet {
+				w.WriteHeader(http.StatusBadGateway) // the call waits to be repeated
+				return
+			}
+			<-stop
+		})
+		ctx := t.Context()
+		file, err := c.endpoint.view(ctx, nil, nil)
+		require.NoError(t, err)
+		calls := map[string]func() error{
+			"waits for an answer": func() error { return second(c.Features(ctx)) },
+			"waits to be repeated": func() error {
+				err := second(c.Queue(ctx))
+				if err != nil {
+					assert.ErrorContains(t, err, "Bad Gateway", "the last failure is told")
+				}
+				return err
+			},
+			"posts": func() error {
+				_, outcome, err := c.endpoint.postPrompt(ctx, []byte("{}"), nil)
+				assert.Equal(t, postAmbiguous, outcome)
+				return err
+			},
+			"uploads": func() error { return second(c.Upload(ctx, "a", &drip{n: 1000, every: time.Second})) },
+			"reads": func() error {
+				_, err := io.ReadAll(file.Body)
+				return err
+			},
+			"does":   func() error { return second(c.Do(ctx, "POST", "/x", nil, nil)) }, //nolint:bodyclose // there is none
+			"health": func() error { return second(c.Health(ctx)) },
+			"ready":  func() error { return c.WaitReady(ctx) },
+		}
+		var all sync.WaitGroup
+		for name, call := range calls {
+			all.Go(func() {
+				err := call()
+				assert.ErrorIs(t, err, ErrClosed, name)
+				assert.Equal(t, CategoryClosed, CategoryOf(err), name)
+				assert.NotErrorIs(t, err, context.Canceled, name)
+			})
+		}
+		time.Sleep(1500 * time.Millisecond)
+		start := time.Now()
+		c.endpoint.close()
+		all.Wait()
+		assert.LessOrEqual(t, time.Since(start), time.Second, "an upload ends with the Read of its source that is under way")
+		require.NoError(t, file.Body.Close())
+		close(stop)
+	})
+}
+
+// The transport that the client made itself keeps no connection after Close.
+func TestS45CloseLetsGoOfConnections(t *testing.T) {
+	t.Parallel()
+	gone := make(chan struct{}, 1)
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"exec_info":{"queue_remaining":0}}`)
+	}))
+	server.Config.ConnState = func(_ net.Conn, s http.ConnState) {
+		if s == http.StateClosed {
+			gone <- struct{}{}
+		}
+	}
+	server.Start()
+	defer server.Close()
+	c := clientOf(t, server.URL)
+	_, err := c.endpoint.queueRemaining(t.Context())
+	require.NoError(t, err)
+	c.endpoint.close()
+	<-gone
+}
