@@ -78,7 +78,14 @@ func (c *outputCache) begin(dyn *dynamicPrompt, sign func(id string) string) {
 // expand takes the nodes of an expansion of parent.
 func (c *outputCache) expand(dyn *dynamicPrompt, parent string, children []string, sign func(id string) string) {
 	level := c.top
-	if !c.keepsAll {
+	if c.keepsAll {
+		// A level here holds nothing, but its ids show in current_outputs of the next job with such a node.
+		remembered := newCacheLevel()
+		for _, id := range children {
+			remembered.keys[id] = ""
+		}
+		c.top.levels[levelKey(dyn, parent)] = remembered
+	} else {
 		outer := c.levelOf(dyn, parent)
 		key := levelKey(dyn, parent)
 		if level = outer.levels[key]; level == nil {

@@ -175,12 +175,19 @@ func (p *process) getFiles(r *request) *answer {
 	return jsonAnswer(names)
 }
 
-func (p *process) getPage(*request) *answer {
-	a := &answer{kind: "text/html", body: []byte("<!doctype html><html lang=\"en\"><head><title>ComfyUI</title></head><body></body></html>\n")}
+// page stands for the editor, a file of the server's installation.
+var page = file{
+	data:     []byte("<!doctype html><html lang=\"en\"><head><title>ComfyUI</title></head><body></body></html>\n"),
+	modified: time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC),
+}
+
+func (p *process) getPage(r *request) *answer {
+	a := &answer{kind: "text/html"}
 	a.header = http.Header{"Cache-Control": {"no-cache"}}
 	if p.version.atLeast(0, 18, 0) {
 		a.header.Set("Cache-Control", "no-store, must-revalidate")
 	}
+	fileResponse(r, page, a)
 	return a
 }
 

@@ -122,6 +122,7 @@ func TestSameIDSameNumber(t *testing.T) {
 			queue1(t, p, graphOf("1", "Gate", nil), "")
 			<-g.entered
 			require.Equal(t, http.StatusOK, postAs(t, p, idA, 5, 1).status)
+			synctest.Wait()
 			s := dial(t, p, "x")
 			s.until("status")
 			require.Equal(t, http.StatusInternalServerError, postAs(t, p, idA, 5, 2).status)
@@ -156,6 +157,7 @@ func TestSameIDSameNumber(t *testing.T) {
 			require.Equal(t, http.StatusOK, postAs(t, p, idB, 1, 0).status)
 			require.Equal(t, http.StatusOK, postAs(t, p, idA, 5, 1).status)
 			require.Equal(t, http.StatusOK, postAs(t, p, idA, 5, 2).status, "the parent in the heap is another one")
+			synctest.Wait()
 			s := dial(t, p, "x")
 			s.until("status")
 			require.Equal(t, http.StatusInternalServerError, do(t, p, http.MethodPost, "/queue", `{"delete": ["`+idB+`"]}`).status)
@@ -247,6 +249,7 @@ func TestQueueRoute(t *testing.T) {
 		running := queue1(t, p, graphOf("1", "Gate", nil), "")
 		<-g.entered
 		a, b := queue1(t, p, graphOf("1", "Work", nil), ""), queue1(t, p, graphOf("1", "Work", nil), "")
+		synctest.Wait()
 		s := dial(t, p, "x")
 		s.until("status")
 		require.Equal(t, int64(3), at(t, get(t, p, "/prompt"), "exec_info", "queue_remaining"))

@@ -130,6 +130,7 @@ func TestConnectFramesAreOutsideTheQueue(t *testing.T) {
 	gated(t, false, func(t *testing.T, p *Pod, g *gate) {
 		queue1(t, p, graphOf("5", "Gate", nil), "me")
 		<-g.entered
+		synctest.Wait()
 		s := dial(t, p, "me")
 		require.Equal(t, `{"type": "status", "data": {"status": {"exec_info": {"queue_remaining": 1}}, "sid": "me"}}`, string(s.next().data))
 		require.Equal(t, `{"type": "executing", "data": {"node": "5"}}`, string(s.next().data), "without a prompt id")
@@ -142,6 +143,7 @@ func TestConnectFramesAreOutsideTheQueue(t *testing.T) {
 		synctest.Wait()
 		require.Empty(t, other.pending())
 		s.until("execution_success")
+		synctest.Wait()
 		after := dial(t, p, "me")
 		after.until("status")
 		synctest.Wait()

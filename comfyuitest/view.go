@@ -204,7 +204,7 @@ var mimeTypes = map[string]string{
 	".svg": "image/svg+xml", ".html": "text/html", ".htm": "text/html", ".css": "text/css", ".js": "text/javascript",
 	".txt": "text/plain", ".json": "application/json", ".mp4": "video/mp4", ".webm": "video/webm", ".mov": "video/quicktime",
 	".mp3": "audio/mpeg", ".wav": "audio/x-wav", ".ogg": "audio/ogg", ".bin": "application/octet-stream", ".xml": "text/xml",
-	".glb": "model/gltf-binary", ".gltf": "model/gltf+json", ".flac": "audio/x-flac", ".opus": "audio/opus",
+	".glb": "model/gltf-binary", ".gltf": "model/gltf+json", ".flac": "audio/flac", ".opus": "audio/opus",
 	".csv": "text/csv", ".zip": "application/zip", ".bmp": "image/bmp", ".tiff": "image/tiff", ".md": "text/markdown",
 	".pdf": "application/pdf", ".avi": "video/x-msvideo", ".mhtml": "message/rfc822",
 }
