@@ -314,8 +314,7 @@ type healthMemory struct {
 	waitingSince time.Time
 	runner       string // the prompt that ran
 	runningSince time.Time
-	untold       []Health // changes that Hooks.Health is still to be told: pairs of was and is
-	telling      bool
+	hook         *herald[[2]Health] // tells Hooks.Health; nil: nothing to tell yet
 }
 
 // answered notes that the pod has answered as a ComfyUI does.
@@ -356,7 +355,7 @@ func (m *healthMemory) looked(p *probe, now time.Time) {
 	p.waitingFor, p.runningFor = now.Sub(m.waitingSince), now.Sub(m.runningSince)
 }
 
-// judged takes a verdict in, and tells a change of state in order, on a goroutine that lives as long as there is something to tell.
+// judged takes a verdict in and tells a change of state, in order.
 func (m *healthMemory) judged(h Health, hook func(was, is Health)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -365,26 +364,10 @@ func (m *healthMemory) judged(h Health, hook func(was, is Health)) {
 	if hook == nil || was.State == "" || was.State == h.State {
 		return
 	}
-	m.untold = append(m.untold, was, h)
-	if !m.telling {
-		m.telling = true
-		go m.tell(hook)
+	if m.hook == nil {
+		m.hook = &herald[[2]Health]{f: func(change [2]Health) { hook(change[0], change[1]) }}
 	}
-}
-
-func (m *healthMemory) tell(hook func(was, is Health)) {
-	for {
-		m.mu.Lock()
-		if len(m.untold) == 0 {
-			m.telling = false
-			m.mu.Unlock()
-			return
-		}
-		was, is := m.untold[0], m.untold[1]
-		m.untold = m.untold[2:]
-		m.mu.Unlock()
-		hook(was, is)
-	}
+	m.hook.tell([2]Health{was, h})
 }
 
 // judgeHealth decides. It is pure.

@@ -489,3 +489,41 @@ func (c *callback) run() {
 		}
 	}
 }
+
+// herald calls a hook with values, one after another, on a goroutine that lives only while there is something to tell. A hook
+// that does not keep up misses the oldest.
+type herald[T any] struct {
+	f func(T)
+
+	mu    sync.Mutex
+	queue []T
+	busy  bool
+}
+
+func (t *herald[T]) tell(v T) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.queue) == maxQueuedEvents {
+		t.queue = slices.Delete(t.queue, 0, 1)
+	}
+	t.queue = append(t.queue, v)
+	if !t.busy {
+		t.busy = true
+		go t.run()
+	}
+}
+
+func (t *herald[T]) run() {
+	for {
+		t.mu.Lock()
+		if len(t.queue) == 0 {
+			t.busy = false
+			t.mu.Unlock()
+			return
+		}
+		v := t.queue[0]
+		t.queue = t.queue[1:]
+		t.mu.Unlock()
+		t.f(v)
+	}
+}
