@@ -246,7 +246,6 @@ func TestPostPromptThatNeverLeft(t *testing.T) {
 	_, outcome, err := clientOf(t, address).endpoint.postPrompt(t.Context(), []byte("{}"), nil)
 	assert.Equal(t, postUnsent, outcome)
 	assert.Equal(t, CategoryNetwork, CategoryOf(err))
-
 }
 
 // Not even the headers of a request leave that confirm refuses: old pods interrupt without reading the body.
@@ -1736,7 +1735,7 @@ func TestS45CloseEndsCalls(t *testing.T) {
 			<-stop
 		})
 		ctx := t.Context()
-		file, err := c.endpoint.view(ctx, nil, nil)
+		file, err := c.endpoint.view(ctx, nil, nil) //nolint:bodyclose // it is, below
 		require.NoError(t, err)
 		calls := map[string]func() error{
 			"waits for an answer": func() error { return second(c.Features(ctx)) },
