@@ -568,6 +568,23 @@ func TestErrorJSONOfANewerVersion(t *testing.T) {
 	assert.Contains(t, string(data), "a_new_one", "what this version does not know goes on")
 }
 
+// What a caller put into a ValidationError need not be JSON; the rest of it is kept.
+func TestErrorJSONOfBadExtraInfo(t *testing.T) {
+	t.Parallel()
+	v := &ValidationError{Nodes: map[string]NodeErrors{
+		"1": {Class: "A", Errors: []NodeError{{Type: "x", ExtraInfo: json.RawMessage("{")}, {Type: "y", ExtraInfo: json.RawMessage("{}")}}},
+	}}
+	data, err := json.Marshal(&Error{Err: v})
+	require.NoError(t, err)
+	assert.Equal(t, "{", string(v.Nodes["1"].Errors[0].ExtraInfo), "the caller's own is as it was")
+	var e Error
+	require.NoError(t, json.Unmarshal(data, &e))
+	var back *ValidationError
+	require.ErrorAs(t, &e, &back)
+	assert.Nil(t, back.Nodes["1"].Errors[0].ExtraInfo)
+	assert.Equal(t, "{}", string(back.Nodes["1"].Errors[1].ExtraInfo))
+}
+
 func TestErrorJSONHoldsNoURLSecrets(t *testing.T) {
 	t.Parallel()
 	e := &Error{Pod: "p", Err: fmt.Errorf("x: %w", &url.Error{Op: "Get", URL: "https://u:pa55@h/p?token=s3cret", Err: ErrJobLost})}

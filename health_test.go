@@ -68,17 +68,23 @@ func TestJudgeHealth(t *testing.T) {
 		{"given up", probe{}, observed{stalledAt: ago(time.Minute)}, HealthStalled, "given up 1m0s ago"},
 		{"given up, but something runs", probe{running: one}, observed{stalledAt: ago(time.Minute)}, HealthBusy, ""},
 		{
-			"ours stuck", probe{running: one, runningFor: time.Second}, observed{running: map[string]time.Time{"a": ago(11 * time.Minute)}},
+			"ours stuck",
+			probe{running: one, runningFor: time.Second},
+			observed{running: map[string]time.Time{"a": ago(11 * time.Minute)}},
 			HealthStalled, "has not moved for 11m0s",
 		},
 		{
-			"ours slow", probe{running: one, runningFor: 5 * time.Hour}, observed{running: map[string]time.Time{"a": ago(9 * time.Minute)}},
+			"ours slow",
+			probe{running: one, runningFor: 5 * time.Hour},
+			observed{running: map[string]time.Time{"a": ago(9 * time.Minute)}},
 			HealthBusy, "",
 		},
 		{"a stranger's stuck", probe{running: one, pending: one, runningFor: time.Hour}, observed{}, HealthStalled, ""},
 		{"a stranger's, nobody waits", probe{running: one, runningFor: 5 * time.Hour}, observed{}, HealthBusy, ""},
 		{
-			"a stranger's, the queue moved", probe{running: one, pending: one, runningFor: 5 * time.Hour}, observed{queueMovedAt: ago(time.Minute)},
+			"a stranger's, the queue moved",
+			probe{running: one, pending: one, runningFor: 5 * time.Hour},
+			observed{queueMovedAt: ago(time.Minute)},
 			HealthBusy, "",
 		},
 
@@ -88,7 +94,9 @@ func TestJudgeHealth(t *testing.T) {
 		{"poisoned by others", probe{statsErr: failed(CategoryProtocol, 500), faultSought: true, fault: true}, observed{}, HealthPoisoned, "/system_stats fails"},
 		{"no stats", probe{statsErr: failed(CategoryProtocol, 500), faultSought: true}, observed{}, HealthReady, "/system_stats fails"},
 		{
-			"poisoned, stalled and deaf", probe{pending: one, waitingFor: time.Minute}, observed{poison: fault, poisonedAt: now, stream: StreamDeaf},
+			"poisoned, stalled and deaf",
+			probe{pending: one, waitingFor: time.Minute},
+			observed{poison: fault, poisonedAt: now, stream: StreamDeaf},
 			HealthPoisoned, "none has run",
 		},
 		{"stalled and deaf", probe{pending: one, waitingFor: time.Minute}, observed{stream: StreamDeaf}, HealthStalled, "deaf"},

@@ -18,6 +18,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -245,7 +246,6 @@ func TestPostPromptThatNeverLeft(t *testing.T) {
 	_, outcome, err := clientOf(t, address).endpoint.postPrompt(t.Context(), []byte("{}"), nil)
 	assert.Equal(t, postUnsent, outcome)
 	assert.Equal(t, CategoryNetwork, CategoryOf(err))
-
 }
 
 // Not even the headers of a request leave that confirm refuses: old pods interrupt without reading the body.
@@ -1735,7 +1735,7 @@ func TestS45CloseEndsCalls(t *testing.T) {
 			<-stop
 		})
 		ctx := t.Context()
-		file, err := c.endpoint.view(ctx, nil, nil)
+		file, err := c.endpoint.view(ctx, nil, nil) //nolint:bodyclose // it is, below
 		require.NoError(t, err)
 		calls := map[string]func() error{
 			"waits for an answer": func() error { return second(c.Features(ctx)) },
@@ -1798,4 +1798,59 @@ func TestS45CloseLetsGoOfConnections(t *testing.T) {
 	require.NoError(t, err)
 	c.endpoint.close()
 	<-gone
+}
+
+func TestUploadOfAFile(t *testing.T) {
+	t.Parallel()
+	var length int64
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		length = r.ContentLength
+		f, _, err := r.FormFile("image")
+		if assert.NoError(t, err) {
+			data, _ := io.ReadAll(f)
+			assert.Equal(t, "content", string(data))
+		}
+		_, _ = io.WriteString(w, `{"name":"a","subfolder":"","type":"input"}`)
+	})
+	path := filepath.Join(t.TempDir(), "a")
+	require.NoError(t, os.WriteFile(path, []byte("content"), 0o600))
+	file, err := os.Open(path)
+	require.NoError(t, err)
+	defer func() { _ = file.Close() }()
+	_, err = c.Upload(t.Context(), "a", file)
+	require.NoError(t, err)
+	assert.Positive(t, length)
+	assert.Zero(t, sizeOf(file), "it was read")
+
+	r, w, err := os.Pipe()
+	require.NoError(t, err)
+	defer func() { _ = r.Close() }()
+	go func() {
+		_, _ = io.WriteString(w, "content")
+		_ = w.Close()
+	}()
+	_, err = c.Upload(t.Context(), "a", r)
+	require.NoError(t, err)
+	assert.EqualValues(t, -1, length, "a pipe has no size")
+
+	require.NoError(t, file.Close())
+	assert.EqualValues(t, -1, sizeOf(file))
+	c = serve(t, func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
+	_, err = c.Upload(t.Context(), "a", file)
+	assert.Equal(t, CategoryValidation, CategoryOf(err), "%v", err)
+	require.ErrorIs(t, err, os.ErrClosed)
+}
+
+// A transport's own error may repeat a header.
+func TestS9TransportErrorsHoldNoCredential(t *testing.T) {
+	t.Parallel()
+	cause := errors.New(`invalid header "X-API-Key: header-k3y"`)
+	c := clientOf(t, "http://pod", noRetry(), WithHeader("X-API-Key", "header-k3y"),
+		WithHTTPClient(&http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) { return nil, cause })}))
+	_, err := c.Queue(t.Context())
+	require.ErrorIs(t, err, cause)
+	assert.NotContains(t, err.Error(), "header-k3y")
+	data, fault := encodeError(err)
+	require.NoError(t, fault)
+	assert.NotContains(t, string(data), "header-k3y")
 }
