@@ -517,7 +517,7 @@ func (c *PodClient) claim(ctx context.Context, op string, t *tracker, a admissio
 }
 
 func (c *PodClient) admit(op string, t *tracker, a admission) (j *Job, err error) {
-	if !t.ask(func() { j = t.admit(a) }) {
+	if !t.tell(func() { j = t.admit(a) }) {
 		return nil, c.closedError(op)
 	}
 	return j, nil
@@ -743,7 +743,7 @@ func (c *PodClient) Recover(ctx context.Context) iter.Seq2[*Job, error] {
 				}
 				continue
 			}
-			if followed := false; !t.ask(func() { followed = t.jobs[rec.JobID] != nil }) || followed {
+			if followed := false; !t.tell(func() { followed = t.jobs[rec.JobID] != nil }) || followed {
 				continue
 			}
 			taken, more := c.recoverOne(ctx, t, rec, yield)

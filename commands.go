@@ -21,7 +21,7 @@ import (
 )
 
 // What a client does to the pod for its jobs: posting, looking, cancelling. The parts that run on workers touch no state of
-// the tracker's; the parts that run on the tracker's goroutine say so by their receiver.
+// the tracker's; methods of *tracker that take a *tracked run under its lock.
 
 // promptID names an attempt: two processes that repeat an attempt use the same id, and a job whose record was lost can still
 // be matched to what the pod runs.
@@ -156,8 +156,9 @@ func (t *tracker) post(j *tracked) {
 	patience, enough := context.WithCancelCause(t.ctx)
 	found := make(chan struct{})
 	j.posting.busy, j.posting.enough, j.posting.found = true, enough, found
+	rec := j.rec // what it refers to is replaced, never changed
 	s := &submission{
-		t: t, rec: j.rec.Clone(), look: j.look, free: j.rec.Failure != nil && j.rec.Failure.Category == CategoryOutOfMemory,
+		t: t, rec: &rec, look: j.look, free: j.rec.Failure != nil && j.rec.Failure.Category == CategoryOutOfMemory,
 		inputs: j.inputs, secrets: j.secrets, number: j.number, lease: j.lease, patience: patience, seen: found,
 	}
 	if j.look {

@@ -175,11 +175,11 @@ func (c *PodClient) observed() observed {
 	if t == nil {
 		return o
 	}
-	t.ask(func() {
+	t.tell(func() {
 		now := time.Now()
 		o = observed{
 			stream: t.pod.stream, everReady: !t.pod.contactAt.IsZero(), poison: t.pod.poison, poisonedAt: t.pod.poisonedAt,
-			queueMovedAt: t.pod.movedAt, running: map[string]time.Time{},
+			queueMovedAt: t.pod.movedAt, stalledAt: t.pod.stalledAt, running: map[string]time.Time{},
 		}
 		for _, j := range t.jobs {
 			if j.lease != nil && j.rec.Started && !j.concluded {

@@ -320,14 +320,15 @@ func TestS44EndlessAnswers(t *testing.T) {
 			pourAnswer(w, r, "0,")
 		case strings.Contains(r.URL.Path, "/history"):
 			_, _ = io.WriteString(w, strings.Repeat("[", 1_000_000))
-		case strings.HasSuffix(r.URL.Path, "/system_stats"):
+		case strings.Contains(r.URL.Path, "/system_stats"):
 			http.Redirect(w, r, r.URL.Path+"/again", http.StatusFound)
 		default:
 			http.NotFound(w, r)
 		}
 	})
 	c, err := comfyui.NewPodClient(server.URL, comfyui.WithTiming(comfyui.Timing{Request: 5 * time.Second}),
-		comfyui.WithRetry(comfyui.CategoryProtocol, comfyui.RetryPolicy{}), comfyui.WithRetry(comfyui.CategoryTimeout, comfyui.RetryPolicy{}))
+		comfyui.WithRetry(comfyui.CategoryProtocol, comfyui.RetryPolicy{}), comfyui.WithRetry(comfyui.CategoryTimeout, comfyui.RetryPolicy{}),
+		comfyui.WithRetry(comfyui.CategoryUnavailable, comfyui.RetryPolicy{}))
 	require.NoError(t, err)
 	defer c.Close()
 	_, err = c.Queue(t.Context())

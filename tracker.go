@@ -21,8 +21,6 @@ const (
 	errands = 8
 	// writers bounds the store writes under way.
 	writers = 4
-	// frameBuffer is how many decoded frames wait for the tracker.
-	frameBuffer = 256
 	// streamLinger is how long the stream stays up after the last job, for the next one.
 	streamLinger = time.Minute
 	// maxStrays bounds the frames kept for prompts that are not known yet, while a POST has no answer.
@@ -31,8 +29,9 @@ const (
 	maxAdopted = 4
 )
 
-// tracker follows all jobs of a client. One goroutine, run, owns their state; the stream and the workers hand it what they
-// learn. It does no I/O itself and calls no function of the caller's.
+// tracker follows all jobs of a client. What it knows of them changes in one place at a time: whoever learns something, be it the
+// stream, a worker or the clock, tells it, and the tracker takes it in under its lock. It does no I/O there, waits for nothing and
+// calls no function of the caller's, so that nobody holds it up; and news need not cross to another goroutine to be taken in.
 type tracker struct {
 	client   *PodClient
 	opts     *options
@@ -48,15 +47,17 @@ type tracker struct {
 	cancel  context.CancelCauseFunc
 	wg      sync.WaitGroup
 	stopped chan struct{} // closed when run has ended
-	mail    mailbox
-	frames  chan frame
+	sooner  chan struct{} // holds a token when something is due before what the clock was set for
 	prompts promptSet
 	hook    *callback // Hooks.Event; nil: none
 	gauges  gauges
 
 	posting, errand, writing *crew
 
-	// Below: owned by run.
+	// mu guards what is below, and the jobs.
+	mu       sync.Mutex
+	closed   bool
+	clock    time.Time // what run's timer is set for; zero: nothing
 	jobs     map[string]*tracked
 	byPrompt map[string]*tracked
 	wakes    wakeHeap
@@ -68,8 +69,7 @@ type tracker struct {
 	current  map[*stream]string // the prompt that a stream's frames last named
 	pod      podView
 	due      dues
-	news     []Event      // of the observation that is being taken in: kept for its room
-	msg      wire.Message // the frame that is being taken in
+	news     []Event // of the observation that is being taken in: kept for its room
 }
 
 // gauges are what Stats reads of the tracker's state.
@@ -98,10 +98,11 @@ type podView struct {
 	remaining    int           // of the last status frame; -1: not known
 	cost         time.Duration // of the last look
 	queueBytes   int
-	failures     int // looks that failed in a row
-	poison       error
+	failures     int   // looks that failed in a row
+	poison       error // a CUDA fault of one of our jobs since the last restart
 	poisonedAt   time.Time
-	fingerprints bool // a fingerprint is wanted with the next look
+	stalledAt    time.Time // when a job was given up because nothing moved; zero once anything has run since
+	fingerprints bool      // a fingerprint is wanted with the next look
 }
 
 // queueShape tells one state of the pod's queue from another.
@@ -122,11 +123,10 @@ func newTracker(c *PodClient) *tracker {
 	t := &tracker{
 		client: c, opts: c.opts, timing: c.opts.timing, endpoint: c.endpoint, retrier: c.retrier, counters: c.counters,
 		store: c.opts.store, owner: uuid.NewString(), ctx: ctx, cancel: cancel, stopped: make(chan struct{}),
-		frames: make(chan frame, frameBuffer), jobs: map[string]*tracked{}, byPrompt: map[string]*tracked{},
+		sooner: make(chan struct{}, 1), jobs: map[string]*tracked{}, byPrompt: map[string]*tracked{},
 		adopted: map[string]*stream{}, current: map[*stream]string{},
 	}
 	_, t.inMemory = t.store.(*MemoryStore)
-	t.mail.wake = make(chan struct{}, 1)
 	t.prompts.ids = map[string]struct{}{}
 	t.posting, t.errand, t.writing = &crew{t: t, limit: posters}, &crew{t: t, limit: errands}, &crew{t: t, limit: writers}
 	t.pod = podView{stream: StreamIdle, remaining: -1, highest: math.Inf(-1)}
@@ -141,6 +141,7 @@ func newTracker(c *PodClient) *tracker {
 // start begins the tracker's goroutines; stop ends them.
 func (t *tracker) start() {
 	t.wg.Go(func() { t.stream.run(t.ctx) })
+	t.wg.Go(func() { t.client.watchHealth(t.ctx) })
 	go t.run()
 }
 
@@ -152,109 +153,56 @@ func (t *tracker) stop() {
 	t.leave()
 }
 
-// run owns the jobs until the tracker is stopped.
+// run is the clock: it does what is due until the tracker is stopped.
 func (t *tracker) run() {
 	defer close(t.stopped)
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
-	var set time.Time
 	for {
-		if next := t.nextWake(); !next.Equal(set) {
-			set = next
-			if next.IsZero() {
-				timer.Stop()
-			} else {
-				timer.Reset(max(0, time.Until(next)))
-			}
-		}
 		select {
 		case <-t.ctx.Done():
+			t.mu.Lock()
 			t.abandon()
+			t.mu.Unlock()
 			return
-		case <-t.mail.wake:
-		case f := <-t.frames:
-			t.frame(&f)
-			t.moreFrames()
 		case <-timer.C:
-			set = time.Time{}
+			t.mu.Lock()
+			t.wake(time.Now())
+			t.mu.Unlock()
+		case <-t.sooner:
 		}
-		for _, letter := range t.mail.take() {
-			letter()
-		}
-		t.wake(time.Now())
-	}
-}
-
-// moreFrames takes what else has come without going through select each time.
-func (t *tracker) moreFrames() {
-	for range frameBuffer {
-		select {
-		case f := <-t.frames:
-			t.frame(&f)
-		default:
-			return
+		t.mu.Lock()
+		t.clock = t.nextWake()
+		next := t.clock
+		t.mu.Unlock()
+		if next.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(max(0, time.Until(next)))
 		}
 	}
 }
 
-// tell runs f on the tracker's goroutine, later; false: the tracker has stopped.
-func (t *tracker) tell(f func()) bool { return t.mail.put(f) }
-
-// ask runs f on the tracker's goroutine and waits for it. It returns false if the tracker has stopped.
-func (t *tracker) ask(f func()) bool {
-	done := make(chan struct{})
-	t.tell(func() { f(); close(done) })
-	select {
-	case <-done:
-		return true
-	case <-t.stopped:
-		select {
-		case <-done:
-			return true
-		default:
-			return false
-		}
-	}
-}
-
-// mailbox holds what the tracker is to do. It is not bounded, since each letter belongs to a worker, a call or a stream, and
-// those are: nobody ever waits to put one in.
-type mailbox struct {
-	wake chan struct{}
-
-	mu      sync.Mutex
-	letters []func()
-	closed  bool
-}
-
-func (m *mailbox) put(f func()) bool {
-	m.mu.Lock()
-	if m.closed {
-		m.mu.Unlock()
+// tell has the tracker take something in; false: it has stopped. f must not wait for anything.
+func (t *tracker) tell(f func()) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
 		return false
 	}
-	m.letters = append(m.letters, f)
-	m.mu.Unlock()
-	signal(m.wake)
+	f()
+	t.setClock()
 	return true
 }
 
-func (m *mailbox) take() []func() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	letters := m.letters
-	m.letters = nil
-	return letters
+// setClock wakes run when something is due before what its timer is set for.
+func (t *tracker) setClock() {
+	if next := t.nextWake(); !next.IsZero() && (t.clock.IsZero() || next.Before(t.clock)) {
+		signal(t.sooner)
+	}
 }
 
-func (m *mailbox) close() []func() {
-	m.mu.Lock()
-	m.closed = true
-	m.mu.Unlock()
-	return m.take()
-}
-
-// crew runs work on a bounded number of goroutines, first come, first served. What the work returns is run by the tracker.
+// crew runs work on a bounded number of goroutines, first come, first served. What the work returns is told to the tracker.
 type crew struct {
 	t     *tracker
 	limit int
@@ -563,10 +511,13 @@ func (t *tracker) offPod(j *tracked) {
 
 // observe takes an observation in and spreads its news. It reports whether there was any.
 func (t *tracker) observe(j *tracked, o observation, now time.Time) bool {
-	wasAccepted := j.rec.Accepted
+	wasAccepted, wasStarted := j.rec.Accepted, j.rec.Started
 	t.news = j.apply(o, now, t.news[:0])
 	evs := t.news
 	defer clear(evs)
+	if j.rec.Started && !wasStarted {
+		t.pod.stalledAt = time.Time{}
+	}
 	if j.rec.Accepted && !wasAccepted {
 		t.onPod(j, now)
 		j.handle.accept()
@@ -653,6 +604,9 @@ func (t *tracker) keepLimits(j *tracked, now time.Time) {
 	name, over, next := j.overLimit(now, t)
 	if !next.IsZero() {
 		j.at(next)
+	}
+	if name == "Stall" {
+		t.pod.stalledAt = now
 	}
 	if name == "" {
 		if j.rec.Accepted && t.gone(now) {
@@ -935,10 +889,12 @@ func (t *tracker) follows(promptID []byte) bool {
 	return t.prompts.open.Load() > 0 || t.prompts.has(promptID)
 }
 
-func (t *tracker) frameIn(ctx context.Context, f frame) {
-	select {
-	case t.frames <- f:
-	case <-ctx.Done():
+func (t *tracker) frameIn(f *frame) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.closed {
+		t.frame(f)
+		t.setClock()
 	}
 }
 
@@ -971,8 +927,7 @@ func (t *tracker) frame(f *frame) {
 		t.statusFrame(f.msg.Remaining, now)
 		return
 	}
-	t.msg = f.msg
-	t.message(f.from, &t.msg, now)
+	t.message(f.from, &f.msg, now)
 }
 
 func (t *tracker) message(from *stream, m *wire.Message, now time.Time) {
@@ -1278,7 +1233,7 @@ func (t *tracker) tookLook(r *reconciler, now time.Time) {
 func (t *tracker) restarted() {
 	t.pod.incarnation++
 	t.pod.highest, t.pod.oldest, t.pod.ended = math.Inf(-1), "", ""
-	t.pod.poison, t.pod.poisonedAt = nil, time.Time{}
+	t.pod.poison, t.pod.poisonedAt, t.pod.stalledAt = nil, time.Time{}, time.Time{}
 	t.endpoint.forgetVersion()
 	t.opts.logger.Warn("comfyui: the pod has restarted", "pod", t.opts.name)
 }
@@ -1861,9 +1816,7 @@ func (t *tracker) wake(now time.Time) {
 
 // abandon ends every handle; the jobs go on on the pod.
 func (t *tracker) abandon() {
-	for _, letter := range t.mail.close() {
-		letter()
-	}
+	t.closed = true
 	for _, j := range t.jobs {
 		j.stopPosting()
 		if j.stop != nil {
