@@ -1260,7 +1260,9 @@ func (e *endpoint) read(ctx context.Context, q call, limit int64) (*reply, error
 	defer func() { _ = resp.Body.Close() }()
 	r := &reply{status: resp.StatusCode, header: resp.Header, sent: resp.Request.Header, path: resp.Request.URL.Path}
 	if resp.ContentLength <= limit {
-		r.body, err = io.ReadAll(io.LimitReader(resp.Body, limit+1))
+		body := bytes.NewBuffer(make([]byte, 0, bytes.MinRead+min(max(resp.ContentLength, 0), 64<<10))) // a claim is not believed beyond that
+		_, err = body.ReadFrom(io.LimitReader(resp.Body, limit+1))
+		r.body = body.Bytes()
 	}
 	if err == nil && (resp.ContentLength > limit || int64(len(r.body)) > limit) {
 		err = &Error{

@@ -58,7 +58,8 @@ func (f *Failure) Blocked() bool { return f.ExceptionType == "ExecutionBlocked" 
 // History reads the answer to GET /history or /history/{id}, in the order of the JSON: the oldest first. Graphs are passed over
 // unless withGraphs. An entry that is no object makes the answer ErrMalformed; what is not as expected within one is taken as absent.
 func History(body []byte, withGraphs bool) ([]HistoryEntry, error) {
-	d := NewDecoder()
+	d := borrow()
+	defer d.giveBack()
 	s := &d.s
 	s.reset(body)
 	if s.at() != '{' {

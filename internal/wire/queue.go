@@ -28,7 +28,8 @@ type Marker struct {
 // over unless withGraphs. An answer without both lists, and an item of fewer than the five elements that every version sends, is
 // ErrMalformed: from half an answer nobody must conclude that a prompt is gone.
 func Queue(body []byte, withGraphs bool) (running, pending []QueueItem, err error) {
-	d := NewDecoder()
+	d := borrow()
+	defer d.giveBack()
 	s := &d.s
 	s.reset(body)
 	if s.at() != '{' {

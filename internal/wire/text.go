@@ -10,6 +10,7 @@ package wire
 import (
 	"encoding/json"
 	"slices"
+	"sync"
 )
 
 // Type is the type of a text frame.
@@ -134,6 +135,16 @@ type Decoder struct {
 }
 
 func NewDecoder() *Decoder { return &Decoder{} }
+
+// decoders are those of documents that come one at a time, kept for their buffers and names.
+var decoders = sync.Pool{New: func() any { return NewDecoder() }}
+
+func borrow() *Decoder { return decoders.Get().(*Decoder) }
+
+func (d *Decoder) giveBack() {
+	d.release()
+	decoders.Put(d)
+}
 
 // Peek finds the type and the prompt id of a text frame and allocates nothing. The id is valid until the next call and as long as
 // the frame is. It is what Text would give as PromptID. ok is false when Text would fail.
