@@ -418,6 +418,7 @@ func BenchmarkJobs(b *testing.B) {
 			}
 			defer c.Close()
 			loop(b, libraryRun(b, c))
+			b.ReportMetric(float64(c.Stats().Calls)/float64(c.Stats().Submitted), "calls/job")
 		})
 		b.Run(name+"/bare", func(b *testing.B) { loop(b, newBareClient(b, quickPod(b)).run) })
 	}

@@ -994,7 +994,8 @@ func (t *tracker) statusFrame(remaining int, now time.Time) {
 	}
 	open := 0
 	for _, j := range t.jobs {
-		if j.rec.Accepted && j.attempt.ended == nil && !j.concluded {
+		// A frame can be older than the answer to a POST that was faster.
+		if j.rec.Accepted && j.attempt.ended == nil && !j.concluded && now.Sub(j.acceptedAt) > deafAfter {
 			open++
 		}
 	}
