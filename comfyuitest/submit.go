@@ -86,8 +86,12 @@ func refusedPrompt(kind, message, details string) *answer {
 	})
 }
 
-// noGraph answers a prompt that is no object: an empty list or text has no outputs, anything else raises.
+// noGraph answers a prompt that is no object. Until the server looked for replaced nodes (0.14.0), an empty list or text was a
+// graph without outputs; anything else raises.
 func (p *process) noGraph(prompt any) *answer {
+	if p.version.atLeast(0, 14, 0) {
+		return troubleAnswer()
+	}
 	switch prompt := prompt.(type) {
 	case []any:
 		if len(prompt) > 0 {
