@@ -207,7 +207,7 @@ func TestErrorWithoutClient(t *testing.T) {
 		require.NoError(t, p.WaitIdle(t.Context()))
 		synctest.Wait()
 		require.NotContains(t, s.pending(), "execution_error")
-		s.conn.Close()
+		s.abort()
 	}, WithNode("Work", Fail("ValueError", "bad")))
 
 	gated(t, true, func(t *testing.T, p *Pod, g *gate) {
