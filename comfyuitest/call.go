@@ -285,7 +285,7 @@ type previewImage struct {
 
 // tick is the hook behind the server's progress bars.
 func (c *Call) tick(value, limit float64, image *previewImage) {
-	c.run.pace(paceTick + " " + c.NodeID + " " + string(pyJSON(number(value))))
+	c.run.pace(paceTick, c.NodeID, number(value))
 	c.mu.Lock()
 	if c.over || c.life.Err() != nil {
 		c.mu.Unlock()

@@ -287,7 +287,7 @@ func (r *run) showUI(id string, output object) {
 	r.executor.cache.setUI(r.dyn, id, ui)
 	r.show(id, ui)
 	if r.client.known {
-		r.pace(paceExecuted + " " + id)
+		r.pace(paceExecuted, id)
 		r.process.hub.toClient(r.client, "executed", object{
 			{"node", id}, {"display_node", r.dyn.display(id)}, {"output", output}, {"prompt_id", r.item.id},
 		})

@@ -28,7 +28,7 @@ func (r *run) entry(id string) *nodeProgress {
 }
 
 func (r *run) startProgress(id string) {
-	r.pace(paceRunning + " " + id)
+	r.pace(paceRunning, id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	entry := r.entry(id)
@@ -37,7 +37,7 @@ func (r *run) startProgress(id string) {
 }
 
 func (r *run) finishProgress(id string) {
-	r.pace(paceFinished + " " + id)
+	r.pace(paceFinished, id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	entry := r.entry(id)

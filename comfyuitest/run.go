@@ -127,6 +127,7 @@ func (r *run) finish(success bool) *historyEntry {
 		entry.outputs = append(entry.outputs, field{id, r.ui[id].output})
 		entry.meta = append(entry.meta, field{id, r.ui[id].meta})
 	}
+	entry.shown = entry.encode()
 	return entry
 }
 
@@ -210,7 +211,7 @@ func (r *run) sendCached(id string, ui *nodeUI) {
 		output = ui.output
 	}
 	if r.client.known {
-		r.pace(paceExecuted + " " + id)
+		r.pace(paceExecuted, id)
 		r.process.hub.toClient(r.client, "executed", object{
 			{"node", id}, {"display_node", r.dyn.display(id)}, {"output", output}, {"prompt_id", r.item.id},
 		})
@@ -236,7 +237,7 @@ func (r *run) begin(id string) (stepResult, *nodeFailure) {
 	r.startProgress(id)
 	inputs := r.inputsOf(n, class)
 	if r.client.known {
-		r.pace(paceExecute + " " + id)
+		r.pace(paceExecute, id)
 		r.executor.setLastNode(r.dyn.display(id))
 		r.process.hub.toClient(r.client, "executing", object{
 			{"node", id}, {"display_node", r.dyn.display(id)}, {"prompt_id", r.item.id},

@@ -40,7 +40,8 @@ func (p *process) postPrompt(r *request) *answer {
 	if !ok {
 		return troubleAnswer()
 	}
-	g, err := parseGraph(pyJSON(prompt))
+	raw := pyJSON(prompt)
+	g, err := parseGraph(raw)
 	if err != nil {
 		return p.noGraph(prompt)
 	}
@@ -59,7 +60,8 @@ func (p *process) postPrompt(r *request) *answer {
 	if !it.setExtra(p.version, extra) {
 		return troubleAnswer()
 	}
-	p.pod.book.queued(id, clientID, rawMembers(sentExtra), pyJSON(prompt))
+	it.shown = pyJSON(it.tuple(it.extra))
+	p.pod.book.queued(id, clientID, rawMembers(sentExtra), raw)
 	if err := p.queue.put(it); err != nil {
 		return troubleAnswer() // and it is queued all the same
 	}
