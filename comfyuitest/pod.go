@@ -2,6 +2,7 @@ package comfyuitest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -291,8 +292,13 @@ func (p *Pod) listen() (net.Listener, error) {
 func (p *Pod) accept(front net.Listener) {
 	for {
 		conn, err := front.Accept()
-		if err != nil {
+		if errors.Is(err, net.ErrClosed) {
 			return
+		}
+		if err != nil {
+			// Out of descriptors, for instance: later there may be some.
+			wait(p.life, 5*time.Millisecond)
+			continue
 		}
 		given := false
 		for current := p.current(); current != nil && !given; current = p.current() {

@@ -144,7 +144,7 @@ func replayCapture(t *testing.T, v version, name string, lines []capture) {
 func takeTime(c *class) {
 	run := c.run
 	c.run = func(ctx context.Context, call *Call) error {
-		call.run.process.sleep(nodeTime)
+		wait(call.run.process.ctx, nodeTime)
 		if run == nil {
 			return nil
 		}
