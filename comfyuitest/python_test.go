@@ -70,6 +70,8 @@ func TestConversions(t *testing.T) {
 		{"float", toFloat, "5.", "5.0", ""},
 		{"float", toFloat, "-Infinity", "-inf", ""},
 		{"float", toFloat, "nan", "nan", ""},
+		{"float", toFloat, "+inf", "inf", ""},
+		{"float", toFloat, "--inf", "", "ValueError"},
 		{"float", toFloat, "1e999", "inf", ""},
 		{"float", toFloat, wholeNumber("1" + string(long[:400])), "", "OverflowError"},
 		{"float", toFloat, "0x10", "", "ValueError"},

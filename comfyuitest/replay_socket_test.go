@@ -273,12 +273,13 @@ func (r *replay) closeSocket(line capture) {
 			r.fail("socket %s stays open, the server ended it: %s", s.name, line.How)
 		}
 		r.checkFrames(s)
+		code := websocket.CloseAbnormalClosure
 		var closed *websocket.CloseError
-		if code := 1006; errors.As(s.err, &closed) {
+		if errors.As(s.err, &closed) {
 			code = closed.Code
-			if code != line.Code && code != r.peculiar.code {
-				r.fail("socket %s: closed with %d, want %d", s.name, code, line.Code)
-			}
+		}
+		if code != line.Code && code != r.peculiar.code {
+			r.fail("socket %s: closed with %d, want %d", s.name, code, line.Code)
 		}
 		s.abort()
 	}
