@@ -353,3 +353,17 @@ func TestUploadedImageIsAChoiceAtOnce(t *testing.T) {
 		require.Contains(t, string(do(t, p, http.MethodGet, "/object_info/LoadImage", "").body), `"new.png"`)
 	})
 }
+
+// FuzzRange: whatever a Range header says, what is sent lies inside the file.
+func FuzzRange(f *testing.F) {
+	for _, seed := range []string{"bytes=0-3", "bytes=-4", "bytes=5-", "bytes=99999999999999999999-", "items=0-1", ""} {
+		f.Add(seed, 10)
+	}
+	f.Fuzz(func(t *testing.T, header string, size int) {
+		size &= 0xffff
+		start, end, ok := parseRange(header, size)
+		if ok {
+			require.True(t, 0 <= start && start < end && end <= size, "%q of %d: %d to %d", header, size, start, end)
+		}
+	})
+}
