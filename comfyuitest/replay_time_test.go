@@ -189,8 +189,9 @@ func (r *replay) doneTimes(conn string, frames []capture) []float64 {
 	ticks := map[[2]string]tick{} // the next one of each node
 	interrupted := math.Inf(1)    // when the interrupt came that the next tick would see
 	for i, line := range slices.Backward(frames) {
-		if strings.Contains(line.Text, `"type": "execution_interrupted"`) {
+		if seen, ok := interruptOf(line); ok {
 			interrupted = r.interruptBefore(line.T)
+			ticks[seen.key] = seen // the tick that saw it
 		}
 		if queued[i] {
 			if count--; count < len(posts) {
@@ -313,18 +314,29 @@ type tick struct {
 }
 
 func tickOf(line capture) (tick, bool) {
-	var message struct {
-		Type string `json:"type"`
-		Data struct {
-			Value    float64 `json:"value"`
-			PromptID string  `json:"prompt_id"`
-			Node     string  `json:"node"`
-		} `json:"data"`
-	}
-	if json.Unmarshal([]byte(line.Text), &message) != nil || message.Type != "progress" {
-		return tick{}, false
-	}
-	return tick{key: [2]string{message.Data.PromptID, message.Data.Node}, value: message.Data.Value}, true
+	message, ok := tickFrame(line)
+	return tick{key: [2]string{message.Data.PromptID, message.Data.Node}, value: message.Data.Value}, ok && message.Type == "progress"
+}
+
+// interruptOf is the tick at which a node noticed an interrupt.
+func interruptOf(line capture) (tick, bool) {
+	message, ok := tickFrame(line)
+	return tick{key: [2]string{message.Data.PromptID, message.Data.NodeID}, at: line.T}, ok && message.Type == "execution_interrupted"
+}
+
+type tickMessage struct {
+	Type string `json:"type"`
+	Data struct {
+		Value    float64 `json:"value"`
+		PromptID string  `json:"prompt_id"`
+		Node     string  `json:"node"`
+		NodeID   string  `json:"node_id"`
+	} `json:"data"`
+}
+
+func tickFrame(line capture) (message tickMessage, ok bool) {
+	err := json.Unmarshal([]byte(line.Text), &message)
+	return message, err == nil
 }
 
 func queueRemaining(text string) (int64, bool) {
