@@ -37,5 +37,13 @@ func (c chance) hold(promptID, step string) {
 	}
 }
 
-// pace lets chance hold up a step of this job.
-func (r *run) pace(step string) { r.process.pod.chance.hold(r.item.id, step) }
+// pace lets chance hold up a step of this job, named by its kind and what it is a step of.
+func (r *run) pace(step string, of ...any) {
+	if r.process.pod.chance.pace == nil {
+		return
+	}
+	for _, v := range of {
+		step += " " + pyStr(v)
+	}
+	r.process.pod.chance.hold(r.item.id, step)
+}

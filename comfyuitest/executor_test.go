@@ -111,6 +111,23 @@ func TestInterrupt(t *testing.T) {
 	})
 }
 
+// TestInterruptBeforeTheStart: the flag is reset when a job starts, so that what came just before is lost.
+func TestInterruptBeforeTheStart(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, p *Pod) {
+		p.chance.pace = func(_, step string) {
+			if step == paceTake {
+				p.Interrupt()
+			}
+		}
+		id := queue1(t, p, graphOf("1", "Work", nil), "")
+		require.NoError(t, p.WaitIdle(t.Context()))
+		event, _ := terminal(t, p, id)
+		require.Equal(t, "execution_success", event)
+		require.Zero(t, p.Prompts()[0].Interrupts)
+	}, WithNode("Work", Steps(3, time.Second)))
+}
+
 func TestInterruptRoute(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
@@ -207,7 +224,7 @@ func TestErrorWithoutClient(t *testing.T) {
 		require.NoError(t, p.WaitIdle(t.Context()))
 		synctest.Wait()
 		require.NotContains(t, s.pending(), "execution_error")
-		s.conn.Close()
+		s.abort()
 	}, WithNode("Work", Fail("ValueError", "bad")))
 
 	gated(t, true, func(t *testing.T, p *Pod, g *gate) {

@@ -87,8 +87,13 @@ func (p *process) getSystemStats(*request) *answer {
 	}
 	system = append(system, field{"argv", p.argv()})
 	device := object{
-		{"name", "cpu"}, {"type", "cpu"}, {"index", nil}, {"vram_total", podMemory}, {"vram_free", podMemoryFree},
-		{"torch_vram_total", podMemory}, {"torch_vram_free", podMemoryFree},
+		{"name", "cpu"},
+		{"type", "cpu"},
+		{"index", nil},
+		{"vram_total", podMemory},
+		{"vram_free", podMemoryFree},
+		{"torch_vram_total", podMemory},
+		{"torch_vram_free", podMemoryFree},
 	}
 	return jsonAnswer(object{{"system", system}, {"devices", []any{device}}})
 }
@@ -355,7 +360,10 @@ func (p *process) getUserdataV2(r *request) *answer {
 		}
 		f, _ := p.files.get(kindUser, path.Dir(name), path.Base(name))
 		files = append(files, object{
-			{"name", path.Base(name)}, {"path", name}, {"type", "file"}, {"size", len(f.data)},
+			{"name", path.Base(name)},
+			{"path", name},
+			{"type", "file"},
+			{"size", len(f.data)},
 			{"modified", float64(f.modified.UnixNano()) / 1e9},
 		})
 	}

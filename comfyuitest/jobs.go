@@ -232,8 +232,14 @@ func (p *process) endedJob(entry *historyEntry) object {
 	created, workflow := jobMetadata(entry.extra)
 	summary := p.version.summarize(entry.outputs)
 	job := object{
-		{"id", entry.item.id}, {"status", p.version.endState(entry)}, {"priority", entry.item.number}, {"create_time", created},
-		{"execution_start_time", start}, {"execution_end_time", end}, {"execution_error", failure}, {"outputs_count", summary.count},
+		{"id", entry.item.id},
+		{"status", p.version.endState(entry)},
+		{"priority", entry.item.number},
+		{"create_time", created},
+		{"execution_start_time", start},
+		{"execution_end_time", end},
+		{"execution_error", failure},
+		{"outputs_count", summary.count},
 	}
 	if p.version.countsPreviewable() {
 		job = append(job, field{"previewable_outputs_count", summary.previewable})

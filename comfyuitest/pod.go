@@ -2,6 +2,7 @@ package comfyuitest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -104,8 +105,8 @@ func Start(tb testing.TB, opts ...Option) *Pod {
 // WithVersion makes the pod behave as that release of ComfyUI: what it honours, answers and sends. Releases from 0.3.40 to the
 // newest known one can be told apart, and a later one is like the newest known. It panics if the text is no version.
 // Default: the newest known.
-func WithVersion(release string) Option {
-	v, err := parseVersion(release)
+func WithVersion(version string) Option {
+	v, err := parseVersion(version)
 	if err != nil {
 		panic(fmt.Sprintf("comfyuitest: %v", err))
 	}
@@ -172,8 +173,8 @@ func (p *Pod) URL() string { return "http://" + p.addr }
 // Client returns an HTTP client that reaches the pod, over TCP or pipes, at [Pod.URL].
 func (p *Pod) Client() *http.Client { return p.client }
 
-// DialContext connects to the pod, whatever addr says, for clients that dial themselves, such as a WebSocket dialer.
-func (p *Pod) DialContext(ctx context.Context, _, _ string) (net.Conn, error) {
+// DialContext connects to the pod, whatever network and addr say, for clients that dial themselves, such as a WebSocket dialer.
+func (p *Pod) DialContext(ctx context.Context, network, addr string) (net.Conn, error) {
 	if !p.config.pipes {
 		var d net.Dialer
 		return d.DialContext(ctx, "tcp", p.addr)
@@ -291,8 +292,13 @@ func (p *Pod) listen() (net.Listener, error) {
 func (p *Pod) accept(front net.Listener) {
 	for {
 		conn, err := front.Accept()
-		if err != nil {
+		if errors.Is(err, net.ErrClosed) {
 			return
+		}
+		if err != nil {
+			// Out of descriptors, for instance: later there may be some.
+			wait(p.life, 5*time.Millisecond)
+			continue
 		}
 		given := false
 		for current := p.current(); current != nil && !given; current = p.current() {

@@ -126,7 +126,7 @@ func kSamplerInputs(v version) []input {
 // sleep is time.sleep: nothing but the end of the process ends it.
 func sleep(c *Call, seconds float64) bool {
 	if seconds > 0 {
-		c.run.process.sleep(time.Duration(seconds * float64(time.Second)))
+		wait(c.run.process.ctx, time.Duration(seconds*float64(time.Second)))
 	}
 	return c.life.Err() == nil
 }
@@ -160,7 +160,7 @@ func probeSleep(_ context.Context, c *Call) error {
 	}
 	if c.class.async {
 		// Nodes that began in one instant of a synctest bubble go on in the order in which they began.
-		c.run.process.sleep(time.Duration(c.began()) * 10 * time.Microsecond)
+		wait(c.run.process.ctx, time.Duration(c.began())*10*time.Microsecond)
 	}
 	for range bars {
 		for step := range steps {

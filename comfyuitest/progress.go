@@ -17,15 +17,18 @@ func (r *run) entry(id string) *nodeProgress {
 	entry := &nodeProgress{id: id, value: 0, max: 1, state: "pending"}
 	entry.head = append(appendJSONString(nil, id), `: {"value": `...)
 	entry.tail = pyJSON(object{
-		{"node_id", id}, {"prompt_id", r.item.id}, {"display_node_id", r.dyn.display(id)},
-		{"parent_node_id", r.dyn.parent(id)}, {"real_node_id", r.dyn.real(id)},
+		{"node_id", id},
+		{"prompt_id", r.item.id},
+		{"display_node_id", r.dyn.display(id)},
+		{"parent_node_id", r.dyn.parent(id)},
+		{"real_node_id", r.dyn.real(id)},
 	})[1:]
 	r.progress = append(r.progress, entry)
 	return entry
 }
 
 func (r *run) startProgress(id string) {
-	r.pace(paceRunning + " " + id)
+	r.pace(paceRunning, id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	entry := r.entry(id)
@@ -34,7 +37,7 @@ func (r *run) startProgress(id string) {
 }
 
 func (r *run) finishProgress(id string) {
-	r.pace(paceFinished + " " + id)
+	r.pace(paceFinished, id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	entry := r.entry(id)
@@ -110,8 +113,12 @@ func (i *previewImage) plain() *frame {
 // described is the frame of type 4.
 func (i *previewImage) described(r *run, id string) *frame {
 	about := pyJSON(object{
-		{"node_id", id}, {"prompt_id", r.item.id}, {"display_node_id", r.dyn.display(id)},
-		{"parent_node_id", r.dyn.parent(id)}, {"real_node_id", r.dyn.real(id)}, {"image_type", i.contentType},
+		{"node_id", id},
+		{"prompt_id", r.item.id},
+		{"display_node_id", r.dyn.display(id)},
+		{"parent_node_id", r.dyn.parent(id)},
+		{"real_node_id", r.dyn.real(id)},
+		{"image_type", i.contentType},
 	})
 	n := uint32(len(about))
 	return binaryFrame(4, []byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)}, about, i.data)

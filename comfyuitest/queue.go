@@ -17,6 +17,7 @@ type item struct {
 	outputs   []string
 	sensitive object // secrets that newer servers keep apart
 	client    client
+	shown     encoded // the item as /queue shows it: listings can have thousands
 }
 
 // client is a job's client_id: none, or the sid of the socket that hears of the job.
@@ -31,8 +32,8 @@ func (it *item) priority() float64 {
 }
 
 // tuple is the item as /queue and /history show it: without the secrets that newer servers keep apart.
-func (it *item) tuple() []any {
-	return []any{it.number, it.id, it.prompt, it.extra, it.outputs}
+func (it *item) tuple(extra any) []any {
+	return []any{it.number, it.id, it.prompt, extra, it.outputs}
 }
 
 // errNotComparable is Python's TypeError: '<' not supported between instances of 'dict' and 'dict'.

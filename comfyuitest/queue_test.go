@@ -79,8 +79,10 @@ func TestBefore(t *testing.T) {
 		{"wholly equal", base(), base(), false, false},
 		{"int and float", with(func(it *item) { it.number = int64(1) }), base(), false, false},
 		{"other graph", base(), with(func(it *item) { it.prompt = encoded(`{"1": {}}`) }), false, true},
-		{"same graph, other order of keys", with(func(it *item) { it.prompt = encoded(`{"a": 1, "b": 2}`) }),
-			with(func(it *item) { it.prompt = encoded(`{"b": 2.0, "a": 1}`) }), false, false},
+		{
+			"same graph, other order of keys", with(func(it *item) { it.prompt = encoded(`{"a": 1, "b": 2}`) }),
+			with(func(it *item) { it.prompt = encoded(`{"b": 2.0, "a": 1}`) }), false, false,
+		},
 		{"other create_time", base(), with(func(it *item) { it.extra = object{{"create_time", int64(2)}} }), false, true},
 		{"other outputs", with(func(it *item) { it.outputs = []string{"1"} }), with(func(it *item) { it.outputs = []string{"2"} }), true, false},
 		{"other secrets", base(), with(func(it *item) { it.sensitive = object{{"k", "v"}} }), false, true},

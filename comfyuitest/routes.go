@@ -386,7 +386,7 @@ func (p *process) getQueue(*request) *answer {
 	tuples := func(items []*item) []any {
 		list := make([]any, len(items))
 		for i, it := range items {
-			list[i] = it.tuple()
+			list[i] = it.shown
 		}
 		return list
 	}
@@ -546,7 +546,7 @@ func (p *process) getHistoryOf(r *request) *answer {
 	if !known {
 		return jsonAnswer(object{})
 	}
-	return jsonAnswer(object{{id, entry.json()}})
+	return jsonAnswer(object{{id, entry.shown}})
 }
 
 func (p *process) getObjectInfo(*request) *answer {

@@ -210,8 +210,11 @@ func (h *hub) cut(mode CutMode) {
 		switch mode {
 		case CutClose:
 			h.unregisterExactly(s)
-			_ = s.ws.conn.SetWriteDeadline(time.Now().Add(time.Second))
-			_ = s.ws.sendClose(closeNormal)
+			if !s.isBlackholed() {
+				// A client that does not read gets no close frame.
+				_ = s.ws.conn.SetWriteDeadline(time.Now().Add(time.Second))
+				_ = s.ws.sendClose(closeNormal)
+			}
 			s.ws.close()
 		case CutReset:
 			h.unregisterExactly(s)
@@ -368,23 +371,10 @@ func (p *process) endStream(s *stream, err error) {
 	case errors.As(err, &broken):
 		_ = s.ws.sendClose(broken.code)
 	default:
-		p.sleep(abortNotice)
+		wait(p.ctx, abortNotice)
 	}
 	if p.loop.enter(p.ctx) {
 		p.hub.unregister(s)
 		p.loop.leave()
-	}
-}
-
-// sleep waits for a time on the clock, or the end of the process.
-func (p *process) sleep(d time.Duration) {
-	if d <= 0 {
-		return
-	}
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-p.ctx.Done():
 	}
 }

@@ -204,14 +204,22 @@ func TestPreviewFrames(t *testing.T) {
 		node        func(c *Call)
 		want        []string
 	}{
-		{"described, before the progress", `{"supports_preview_metadata": true}`, func(c *Call) { c.ProgressPreview(1, 2, "image/png", image) },
-			[]string{"progress_state", "binary 4", "progress"}},
-		{"plain, after the progress", `{}`, func(c *Call) { c.ProgressPreview(1, 2, "image/png", image) },
-			[]string{"progress_state", "progress", "binary 1"}},
-		{"a flag that is not true", `{"supports_preview_metadata": 1}`, func(c *Call) { c.ProgressPreview(1, 2, "image/jpeg", image) },
-			[]string{"progress_state", "progress", "binary 1"}},
-		{"on its own", `{}`, func(c *Call) { c.Progress(1, 2); c.Preview("image/jpeg", image) },
-			[]string{"progress_state", "progress", "progress_state", "progress", "binary 1"}},
+		{
+			"described, before the progress", `{"supports_preview_metadata": true}`, func(c *Call) { c.ProgressPreview(1, 2, "image/png", image) },
+			[]string{"progress_state", "binary 4", "progress"},
+		},
+		{
+			"plain, after the progress", `{}`, func(c *Call) { c.ProgressPreview(1, 2, "image/png", image) },
+			[]string{"progress_state", "progress", "binary 1"},
+		},
+		{
+			"a flag that is not true", `{"supports_preview_metadata": 1}`, func(c *Call) { c.ProgressPreview(1, 2, "image/jpeg", image) },
+			[]string{"progress_state", "progress", "binary 1"},
+		},
+		{
+			"on its own", `{}`, func(c *Call) { c.Progress(1, 2); c.Preview("image/jpeg", image) },
+			[]string{"progress_state", "progress", "progress_state", "progress", "binary 1"},
+		},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()

@@ -40,7 +40,8 @@ func (p *process) postPrompt(r *request) *answer {
 	if !ok {
 		return troubleAnswer()
 	}
-	g, err := parseGraph(pyJSON(prompt))
+	raw := pyJSON(prompt)
+	g, err := parseGraph(raw)
 	if err != nil {
 		return p.noGraph(prompt)
 	}
@@ -59,7 +60,8 @@ func (p *process) postPrompt(r *request) *answer {
 	if !it.setExtra(p.version, extra) {
 		return troubleAnswer()
 	}
-	p.pod.book.queued(id, clientID, rawMembers(sentExtra), pyJSON(prompt))
+	it.shown = pyJSON(it.tuple(it.extra))
+	p.pod.book.queued(id, clientID, rawMembers(sentExtra), raw)
 	if err := p.queue.put(it); err != nil {
 		return troubleAnswer() // and it is queued all the same
 	}
@@ -86,8 +88,12 @@ func refusedPrompt(kind, message, details string) *answer {
 	})
 }
 
-// noGraph answers a prompt that is no object: an empty list or text has no outputs, anything else raises.
+// noGraph answers a prompt that is no object. Until the server looked for replaced nodes (0.14.0), an empty list or text was a
+// graph without outputs; anything else raises.
 func (p *process) noGraph(prompt any) *answer {
+	if p.version.atLeast(0, 14, 0) {
+		return troubleAnswer()
+	}
 	switch prompt := prompt.(type) {
 	case []any:
 		if len(prompt) > 0 {

@@ -261,3 +261,16 @@ func FuzzClientFrames(f *testing.F) {
 		}
 	})
 }
+
+// FuzzExtension: what is confirmed is something that the client can do.
+func FuzzExtension(f *testing.F) {
+	f.Add("permessage-deflate; client_max_window_bits; server_max_window_bits=10")
+	f.Add("permessage-deflate; server_no_context_takeover, permessage-deflate")
+	f.Fuzz(func(t *testing.T, header string) {
+		ext := parseExtension(header)
+		require.True(t, ext.bits == 0 || 9 <= ext.bits && ext.bits <= 15)
+		if ext.noTakeover {
+			require.Contains(t, header, "server_no_context_takeover")
+		}
+	})
+}
