@@ -865,8 +865,11 @@ const (
 	maxRedisShards = 1024
 	// redisBatch is how many jobs one script handles, so that none keeps Redis from its other work for long.
 	redisBatch = 128
-	// redisPipeline is how many scripts go into one round trip that reads records, which bounds what is held in memory.
-	redisPipeline = 8
+	// redisPage is how many ids a walk asks a shard for, redisReadBatch how many records at once, and redisReaders how many of
+	// these requests are under way: they bound what is held in memory.
+	redisPage      = 1000
+	redisReadBatch = 256
+	redisReaders   = 4
 )
 
 // RedisPrefix sets what all keys and channels begin with, in braces and with the number of the shard: "{comfyui:7}:…". The
@@ -983,27 +986,27 @@ func (s *RedisStore) RequestCancel(ctx context.Context, jobID string) (*Record, 
 	return s.settle("request cancel", &Record{JobID: jobID}, nil, a, err)
 }
 
-// Unfinished implements Store. It asks all shards at once for a page of their ids, and reads the next records while those
-// before are decoded.
+// Unfinished implements Store. It asks all shards at once for a page of their ids, and reads some shards while it decodes what
+// came from others.
 func (s *RedisStore) Unfinished(ctx context.Context, pod string) iter.Seq2[*Record, error] {
 	return func(yield func(*Record, error) bool) {
 		walk, stop := context.WithCancel(ctx)
-		batches := make(chan redisRead)
+		read := make(chan redisRead)
 		var reader sync.WaitGroup
 		reader.Go(func() {
-			defer close(batches)
-			s.readUnfinished(walk, pod, batches)
+			defer close(read)
+			s.readUnfinished(walk, read)
 		})
 		defer reader.Wait()
 		defer stop()
 
-		for b := range batches {
-			for _, found := range b.decode() {
+		for r := range read {
+			for _, found := range r.decode(pod) {
 				if !yield(found.record, found.err) {
 					return
 				}
 			}
-			if b.err != nil && !yield(nil, storeError("unfinished", "", nil, b.err)) {
+			if r.err != nil && !yield(nil, storeError("unfinished", "", nil, r.err)) {
 				return
 			}
 		}
@@ -1013,18 +1016,20 @@ func (s *RedisStore) Unfinished(ctx context.Context, pod string) iter.Seq2[*Reco
 	}
 }
 
-// redisRead is what one round trip of a walk brought: the replies to redisscript.Read, and why there are not more.
+// redisRead is what one round trip of a walk brought: the fields of these jobs (nil for one that is absent), or why there
+// are none.
 type redisRead struct {
-	replies []any
-	err     error
+	redisJobs
+	fields []redisFields
+	err    error
 }
 
-// readUnfinished sends the records of pod to batches. A shard that cannot be read is left out, with an error; when none can,
-// the walk ends.
-func (s *RedisStore) readUnfinished(ctx context.Context, pod string, batches chan<- redisRead) {
-	send := func(b redisRead) bool {
+// readUnfinished sends what the indexes name. A shard that cannot be read is left out, with an error; the walk ends when all
+// that it asked for failed.
+func (s *RedisStore) readUnfinished(ctx context.Context, read chan<- redisRead) {
+	send := func(r redisRead) bool {
 		select {
-		case batches <- b:
+		case read <- r:
 			return true
 		case <-ctx.Done():
 			return false
@@ -1040,13 +1045,7 @@ func (s *RedisStore) readUnfinished(ctx context.Context, pod string, batches cha
 		if err != nil && !send(redisRead{err: err}) {
 			return
 		}
-		for some := range slices.Chunk(s.batchesOf(ids), redisPipeline) {
-			b := redisRead{}
-			b.replies, b.err = s.runPipeline(ctx, redisscript.Read, some, []any{pod})
-			if !send(b) || b.err != nil && len(b.replies) == 0 {
-				return
-			}
-		}
+		s.readJobs(ctx, ids, send)
 	}
 }
 
@@ -1058,7 +1057,7 @@ func (s *RedisStore) scanIndexes(ctx context.Context, cursors map[int]string, se
 		pipe := s.client.Pipeline()
 		pages := make(map[int]*redis.Cmd, len(asked))
 		for shard, cursor := range asked {
-			pages[shard] = redisscript.Scan.Eval(ctx, pipe, []string{s.index(shard)}, cursor, 4*redisBatch)
+			pages[shard] = redisscript.Scan.Eval(ctx, pipe, []string{s.index(shard)}, cursor, redisPage)
 		}
 		_, err := pipe.Exec(ctx)
 		return pages, err
@@ -1084,38 +1083,98 @@ func (s *RedisStore) scanIndexes(ctx context.Context, cursors map[int]string, se
 	return ids, err
 }
 
+// readJobs reads these jobs, some shards at a time, and sends what came. It gives up when all readers in turn have failed.
+func (s *RedisStore) readJobs(ctx context.Context, ids []string, send func(redisRead) bool) {
+	ctx, giveUp := context.WithCancel(ctx)
+	defer giveUp()
+	batches := make(chan redisJobs)
+	var readers sync.WaitGroup
+	var failed atomic.Int32 // in a row
+	for range redisReaders {
+		readers.Go(func() {
+			for jobs := range batches {
+				r := s.readBatch(ctx, jobs)
+				if ctx.Err() != nil || !send(r) {
+					continue
+				}
+				if r.err == nil {
+					failed.Store(0)
+				} else if failed.Add(1) >= redisReaders {
+					giveUp()
+				}
+			}
+		})
+	}
+	for _, jobs := range s.batchesOf(ids, redisReadBatch) {
+		if ctx.Err() != nil {
+			break
+		}
+		batches <- jobs
+	}
+	close(batches)
+	readers.Wait()
+}
+
+// readBatch reads in a transaction, which no client routes to a replica that lags, and which costs Redis half of what a script
+// would.
+func (s *RedisStore) readBatch(ctx context.Context, jobs redisJobs) redisRead {
+	r := redisRead{redisJobs: jobs}
+	fields := append(slices.Clone(redisscript.Fields), "ended", "pod")
+	r.fields, r.err = callRedis(ctx, s, func(ctx context.Context) ([]redisFields, error) {
+		tx := s.client.TxPipeline()
+		cmds := make([]*redis.SliceCmd, 0, len(jobs.ids))
+		for _, id := range jobs.ids {
+			cmds = append(cmds, tx.HMGet(ctx, s.key(jobs.shard, "job:"+id), fields...))
+		}
+		if _, err := tx.Exec(ctx); err != nil {
+			return nil, err
+		}
+		values := make([]redisFields, len(cmds))
+		for i, cmd := range cmds {
+			values[i] = cmd.Val()
+		}
+		return values, nil
+	})
+	var gone []string
+	for i, values := range r.fields {
+		if values.at(redisEpoch) == "" {
+			gone = append(gone, jobs.ids[i])
+		}
+	}
+	if len(gone) > 0 {
+		// If this fails, the next walk tries again.
+		_, _ = s.runPipeline(ctx, redisscript.Forget, []redisJobs{{jobs.shard, gone}}, nil)
+	}
+	return r
+}
+
 // foundRecord is one record of a walk, or why it cannot be read.
 type foundRecord struct {
 	record *Record
 	err    error
 }
 
-// decode reads all records of a batch, on as many processors as there are.
-func (b redisRead) decode() []foundRecord {
-	var answers []any
-	for _, reply := range b.replies {
-		list, _ := reply.([]any)
-		answers = append(answers, list...)
-	}
-	found := make([]foundRecord, len(answers))
+// decode returns the unfinished records of pod, decoded on as many processors as there are.
+func (r redisRead) decode(pod string) []foundRecord {
+	found := make([]foundRecord, len(r.fields))
 	var workers sync.WaitGroup
-	each := max(16, (len(answers)+runtime.GOMAXPROCS(0)-1)/runtime.GOMAXPROCS(0))
-	for from := 0; from < len(answers); from += each {
+	each := max(16, (len(found)+runtime.GOMAXPROCS(0)-1)/runtime.GOMAXPROCS(0))
+	for from := 0; from < len(found); from += each {
 		workers.Go(func() {
-			for i := from; i < min(from+each, len(answers)); i++ {
-				a, err := answerOf(answers[i])
-				id := a.verdict // Read puts the id there
-				if err == nil {
-					found[i].record, err = a.record()
+			for i := from; i < min(from+each, len(found)); i++ {
+				fields := r.fields[i]
+				if fields.at(redisEpoch) == "" || fields.at(redisEnded) != "0" || pod != "" && fields.at(redisPod) != pod {
+					continue
 				}
-				if err != nil {
-					found[i].err = storeError("unfinished", id, nil, err)
+				var err error
+				if found[i].record, err = fields.record(); err != nil {
+					found[i] = foundRecord{err: storeError("unfinished", r.ids[i], nil, err)}
 				}
 			}
 		})
 	}
 	workers.Wait()
-	return found
+	return slices.DeleteFunc(found, func(f foundRecord) bool { return f.record == nil && f.err == nil })
 }
 
 // redisWrite is a record as the scripts take it.
@@ -1167,11 +1226,11 @@ func (s *RedisStore) settle(method string, r *Record, w *redisWrite, a redisAnsw
 		switch a.verdict {
 		case redisscript.Written:
 			var h hold
-			if h, err = a.hold(); err == nil && w != nil {
+			if h, err = a.fields.hold(); err == nil && w != nil {
 				return h.record(w.content, r), nil
 			}
 		case redisscript.There:
-			stored, err = a.record()
+			stored, err = a.fields.record()
 		case redisscript.Held:
 			stored, err = a.recordWith(ErrJobHeld)
 		case redisscript.Fenced:
@@ -1193,8 +1252,21 @@ func (s *RedisStore) settle(method string, r *Record, w *redisWrite, a redisAnsw
 // redisAnswer is a script's reply: see package redisscript.
 type redisAnswer struct {
 	verdict string
-	fields  []any
+	fields  redisFields
 }
+
+// Where redisscript.Fields are, and the two that a walk asks for too.
+const (
+	redisOwner = iota
+	redisEpoch
+	redisRev
+	redisLease
+	redisCancel
+	redisRecord
+	redisWorkflow
+	redisEnded
+	redisPod
+)
 
 var errBadReply = errors.New("a reply of Redis that no script gives: another program uses these keys")
 
@@ -1209,49 +1281,54 @@ func answerOf(reply any) (redisAnswer, error) {
 	}
 	a := redisAnswer{verdict: verdict}
 	if len(parts) > 1 {
-		if a.fields, ok = parts[1].([]any); !ok {
+		if fields, ok := parts[1].([]any); ok {
+			a.fields = fields
+		} else {
 			a.fields = parts[1:]
 		}
 	}
 	return a, nil
 }
 
-// field is "" for one that is not there.
-func (a redisAnswer) field(i int) string {
-	if i >= len(a.fields) {
+// redisFields are values of a job's hash, in the order of redisscript.Fields.
+type redisFields []any
+
+// at is "" for one that is not there.
+func (f redisFields) at(i int) string {
+	if i >= len(f) {
 		return ""
 	}
-	v, _ := a.fields[i].(string)
+	v, _ := f[i].(string)
 	return v
 }
 
 // hold reads owner, epoch, rev, lease end and cancel flag.
-func (a redisAnswer) hold() (hold, error) {
-	epoch, err1 := strconv.ParseInt(a.field(1), 10, 64)
-	rev, err2 := strconv.ParseInt(a.field(2), 10, 64)
-	lease, err3 := strconv.ParseInt(a.field(3), 10, 64)
+func (f redisFields) hold() (hold, error) {
+	epoch, err1 := strconv.ParseInt(f.at(redisEpoch), 10, 64)
+	rev, err2 := strconv.ParseInt(f.at(redisRev), 10, 64)
+	lease, err3 := strconv.ParseInt(f.at(redisLease), 10, 64)
 	if err := errors.Join(err1, err2, err3); err != nil {
 		return hold{}, fmt.Errorf("%w: %w", errBadReply, err)
 	}
-	h := hold{owner: a.field(0), epoch: epoch, rev: rev, cancelRequested: a.field(4) == "1"}
+	h := hold{owner: f.at(redisOwner), epoch: epoch, rev: rev, cancelRequested: f.at(redisCancel) == "1"}
 	if lease != 0 {
 		h.leaseUntil = time.UnixMicro(lease)
 	}
 	return h, nil
 }
 
-func (a redisAnswer) record() (*Record, error) {
-	h, err := a.hold()
+func (f redisFields) record() (*Record, error) {
+	h, err := f.hold()
 	if err != nil {
 		return nil, err
 	}
 	r := &Record{
 		Owner: h.owner, Epoch: h.epoch, Rev: h.rev, LeaseUntil: h.leaseUntil.UTC(), CancelRequested: h.cancelRequested,
 	}
-	if err := r.UnmarshalJSON([]byte(a.field(5))); err != nil {
+	if err := r.UnmarshalJSON([]byte(f.at(redisRecord))); err != nil {
 		return nil, err
 	}
-	if p := a.field(6); p != "" {
+	if p := f.at(redisWorkflow); p != "" {
 		workflow, err := packed.Unpack([]byte(p))
 		if err != nil {
 			return nil, fmt.Errorf("the workflow of job %q: %w", r.JobID, err)
@@ -1263,7 +1340,7 @@ func (a redisAnswer) record() (*Record, error) {
 
 // recordWith is for a record that stands against a call: that is the error, even when the record cannot be read.
 func (a redisAnswer) recordWith(refusal error) (*Record, error) {
-	r, err := a.record()
+	r, err := a.fields.record()
 	if err != nil {
 		return nil, errors.Join(refusal, err)
 	}
@@ -1271,7 +1348,7 @@ func (a redisAnswer) recordWith(refusal error) (*Record, error) {
 }
 
 func (a redisAnswer) schemaError(jobID string) error {
-	schema, err := strconv.Atoi(a.field(0))
+	schema, err := strconv.Atoi(a.fields.at(0))
 	if err == nil {
 		err = checkSchema(schema, jobID)
 	}
@@ -1298,7 +1375,8 @@ type redisJobs struct {
 	ids   []string
 }
 
-func (s *RedisStore) batchesOf(jobIDs []string) []redisJobs {
+// batchesOf sorts the ids by shard.
+func (s *RedisStore) batchesOf(jobIDs []string, size int) []redisJobs {
 	byShard := map[int][]string{}
 	for _, id := range jobIDs {
 		shard := s.shardOf(id)
@@ -1306,7 +1384,7 @@ func (s *RedisStore) batchesOf(jobIDs []string) []redisJobs {
 	}
 	var batches []redisJobs
 	for _, shard := range slices.Sorted(maps.Keys(byShard)) {
-		for ids := range slices.Chunk(byShard[shard], redisBatch) {
+		for ids := range slices.Chunk(byShard[shard], size) {
 			batches = append(batches, redisJobs{shard, ids})
 		}
 	}
@@ -1318,7 +1396,7 @@ func (s *RedisStore) runBatches(ctx context.Context, method string, script *redi
 	if err := ctx.Err(); err != nil {
 		return storeError(method, "", nil, err)
 	}
-	replies, err := s.runPipeline(ctx, script, s.batchesOf(jobIDs), args)
+	replies, err := s.runPipeline(ctx, script, s.batchesOf(jobIDs, redisBatch), args)
 	for _, reply := range replies {
 		err = errors.Join(err, take(reply))
 	}

@@ -28,8 +28,8 @@ var (
 	cancel string
 	//go:embed scan.lua
 	scan string
-	//go:embed read.lua
-	read string
+	//go:embed forget.lua
+	forget string
 )
 
 // The scripts; each file says what its keys and arguments are.
@@ -42,11 +42,14 @@ var (
 	Release       = redis.NewScript(common + release)
 	RequestCancel = redis.NewScript(common + cancel)
 	Scan          = redis.NewScript(scan)
-	Read          = redis.NewScript(common + read)
+	Forget        = redis.NewScript(forget)
 )
 
-// The verdicts that begin a reply. Written is followed by owner, epoch, rev, lease end and cancel flag; There, Held and Fenced
-// by these, the record and the workflow; Schema by the stored schema; Absent and NeedWorkflow by nothing.
+// Fields are those of a job's hash that make up a record, in the order in which replies have them.
+var Fields = []string{"owner", "epoch", "rev", "lease", "cancel", "record", "workflow"}
+
+// The verdicts that begin a reply. Written is followed by the first five of Fields; There, Held and Fenced by all; Schema by the
+// stored schema; Absent and NeedWorkflow by nothing.
 const (
 	Written      = "written"
 	There        = "there"

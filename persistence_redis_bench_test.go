@@ -1,0 +1,105 @@
+package comfyui_test
+
+import (
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/comfypod/comfyui"
+)
+
+// benchWorkflow is a text-to-image graph with n sampler stages; 8 stages are some 8 KiB.
+func benchWorkflow(n int) []byte {
+	var b strings.Builder
+	b.WriteString(`{"1":{"class_type":"CheckpointLoaderSimple","inputs":{"ckpt_name":"v1-5-pruned-emaonly.safetensors"},"_meta":{"title":"Load Checkpoint"}}`)
+	for i := range n {
+		fmt.Fprintf(&b, `,"%d":{"class_type":"CLIPTextEncode","inputs":{"text":"stage %d: a watercolour of a harbour at %02d:%02d, boats number %d","clip":["1",1]},"_meta":{"title":"CLIP Text Encode (Prompt)"}}`, 10*i+2, i, i*7%24, i*13%60, i*7919)
+		fmt.Fprintf(&b, `,"%d":{"class_type":"KSampler","inputs":{"seed":%d,"steps":20,"cfg":8,"sampler_name":"euler","scheduler":"normal","denoise":1,"model":["1",0],"positive":["%d",0],"negative":["7",0],"latent_image":["5",0]},"_meta":{"title":"KSampler"}}`, 10*i+3, 156680208700286+int64(i)*99991, 10*i+2)
+		fmt.Fprintf(&b, `,"%d":{"class_type":"VAEDecode","inputs":{"samples":["%d",0],"vae":["1",2]},"_meta":{"title":"VAE Decode"}}`, 10*i+4, 10*i+3)
+		fmt.Fprintf(&b, `,"%d":{"class_type":"SaveImage","inputs":{"filename_prefix":"ComfyUI","images":["%d",0]},"_meta":{"title":"Save Image"}}`, 10*i+5, 10*i+4)
+	}
+	b.WriteString("}")
+	return []byte(b.String())
+}
+
+// How long a process that starts takes to read what it may have to take over.
+func BenchmarkRedisStoreUnfinished(b *testing.B) {
+	const jobs = 10_000
+	for _, stages := range []int{1, 8} {
+		workflow := benchWorkflow(stages)
+		b.Run(fmt.Sprintf("jobs=%d/workflow=%dB", jobs, len(workflow)), func(b *testing.B) {
+			store := newRedisStore(b, startRedis(b).client(b, nil))
+			var makers sync.WaitGroup
+			for m := range 16 {
+				makers.Go(func() {
+					for i := m; i < jobs; i += 16 {
+						r := benchRecord(0)
+						r.JobID, r.Workflow = fmt.Sprintf("3f2c%012d", i), workflow
+						_, err := store.Create(b.Context(), r, time.Hour)
+						if err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
+			}
+			makers.Wait()
+			b.ReportAllocs()
+			for b.Loop() {
+				n := 0
+				for r, err := range store.Unfinished(b.Context(), "http://127.0.0.1:8188") {
+					require.NoError(b, err)
+					if len(r.Workflow) != len(workflow) {
+						b.Fatal("no workflow")
+					}
+					n++
+				}
+				require.Equal(b, jobs, n)
+			}
+		})
+	}
+}
+
+// What the store costs one job: its record made, queued, running and ended.
+func BenchmarkRedisStoreJob(b *testing.B) {
+	store := newRedisStore(b, startRedis(b).client(b, nil))
+	workflow := benchWorkflow(8)
+	n := 0
+	for b.Loop() {
+		n++
+		r := benchRecord(0)
+		r.JobID, r.Workflow = fmt.Sprint("job-", n), workflow
+		got, err := store.Create(b.Context(), r, time.Minute)
+		for _, status := range []comfyui.Status{comfyui.StatusQueued, comfyui.StatusRunning, comfyui.StatusSucceeded} {
+			require.NoError(b, err)
+			got.Rev++
+			got.Progress.Status = status
+			got, err = store.Update(b.Context(), got)
+		}
+		require.NoError(b, err)
+	}
+}
+
+// One renewal of the leases of a client with many jobs.
+func BenchmarkRedisStoreRenew(b *testing.B) {
+	const jobs = 1000
+	store := newRedisStore(b, startRedis(b).client(b, nil))
+	var ids []string
+	for i := range jobs {
+		r := benchRecord(0)
+		r.JobID = fmt.Sprint("job-", i)
+		ids = append(ids, r.JobID)
+		_, err := store.Create(b.Context(), r, time.Hour)
+		require.NoError(b, err)
+	}
+	b.ResetTimer()
+	for b.Loop() {
+		lost, err := store.Renew(b.Context(), "owner", time.Hour, ids)
+		require.NoError(b, err)
+		require.Empty(b, lost)
+	}
+}
