@@ -150,9 +150,7 @@ func (t *tracker) pump() {
 
 func (t *tracker) post(j *tracked) {
 	now := time.Now()
-	if j.rec.AttemptAt.IsZero() {
-		j.rec.AttemptAt = now
-	}
+	j.rec.AttemptAt = now
 	patience, enough := context.WithCancelCause(t.ctx)
 	found := make(chan struct{})
 	j.posting.busy, j.posting.enough, j.posting.found = true, enough, found
@@ -164,7 +162,7 @@ func (t *tracker) post(j *tracked) {
 	if j.look {
 		s.attempts = t.allAttempts(j)
 		if j.rec.Epoch > 1 {
-			s.graceUntil = minTime(j.rec.AttemptAt, now).Add(max(0, t.timing.Grace))
+			s.graceUntil = j.claimedAt.Add(max(0, t.timing.Grace))
 		}
 	} else {
 		s.attempts = []sought{{j.rec.JobID, j.rec.PromptID, j.rec.Attempt}}
@@ -175,13 +173,6 @@ func (t *tracker) post(j *tracked) {
 		result := s.run(ctx)
 		return func() { t.submitted(id, attempt, j, result) }
 	})
-}
-
-func minTime(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return a
-	}
-	return b
 }
 
 // allAttempts are the prompts under which the pod may know the job, the newest first: when a record was lost, its attempts
