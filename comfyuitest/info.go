@@ -393,6 +393,13 @@ func (p *process) getUserFile(r *request) *answer {
 		return emptyAnswer(refused)
 	}
 	a := &answer{kind: mimeType(r.vars["file"]), header: http.Header{}}
+	if p.version.atLeast(0, 28, 0) {
+		a.header.Set("X-Content-Type-Options", "nosniff")
+		a.header.Set("Content-Disposition", "attachment")
+		if isActive(a.kind) {
+			a.kind = "application/octet-stream"
+		}
+	}
 	fileResponse(r, f, a)
 	return a
 }

@@ -203,7 +203,7 @@ func (it *item) setExtra(v version, extra any) bool {
 	o, isObject := extra.(object)
 	if isObject {
 		if id, has := o.get("client_id"); has && id != nil {
-			it.client = client{known: true, sid: clientKey(id)}
+			it.client = client{known: true, sid: clientKey(id), fatal: !hashable(id)}
 		}
 	}
 	if v.atLeast(0, 3, 68) {
