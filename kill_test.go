@@ -75,7 +75,7 @@ type killer struct {
 }
 
 type killSum struct {
-	jobs, right, twice, lost, reposted         int
+	jobs, right, twice, lost, reposted        int
 	stepKills, randomKills, rivalKills, stops int
 }
 
