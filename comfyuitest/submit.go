@@ -70,10 +70,13 @@ func (p *process) postPrompt(r *request) *answer {
 
 // noDictPrompt answers a body that is JSON but no object: a list or a text can be searched for the keys.
 func (p *process) noDictPrompt(v any) *answer {
-	if notADict(v, "number", "front", "prompt").status != http.StatusOK {
+	if notADict(v, "number", "front").status != http.StatusOK {
 		return troubleAnswer()
 	}
 	p.number++
+	if notADict(v, "prompt").status != http.StatusOK {
+		return troubleAnswer()
+	}
 	return noPrompt()
 }
 

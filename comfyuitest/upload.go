@@ -57,6 +57,9 @@ func readForm(r *request, limit int64) (*form, error) {
 	for {
 		part, err := reader.NextRawPart()
 		if errors.Is(err, io.EOF) {
+			if total == 0 && !bytes.Contains(r.body, []byte("--"+params["boundary"]+"--")) {
+				return nil, io.ErrUnexpectedEOF
+			}
 			return f, nil
 		}
 		if err != nil {
