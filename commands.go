@@ -66,7 +66,7 @@ type submission struct {
 	secrets    map[string]any
 	number     *float64
 	lease      *lease
-	patience   context.Context //nolint:containedctx // ends when no further POST is wanted
+	patience   context.Context
 	seen       <-chan struct{} // closed: the stream has shown the prompt
 	posts      int
 }
