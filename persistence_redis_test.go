@@ -33,8 +33,11 @@ func newRedisStore(t testing.TB, client redis.UniversalClient, opts ...comfyui.R
 
 // redisServer is a real one, on a free loopback port, without persistence unless args say otherwise.
 type redisServer struct {
-	addr string
-	cmd  *exec.Cmd
+	addr   string
+	binary string
+	args   []string
+	cmd    *exec.Cmd
+	ended  chan struct{} // closed when it has
 }
 
 // startRedis skips the test where there is no redis-server: apt-get install redis-server.
@@ -61,29 +64,51 @@ func startRedis(t testing.TB, args ...string) *redisServer {
 func tryRedis(t testing.TB, binary, addr string, args []string) *redisServer {
 	t.Helper()
 	_, port, _ := net.SplitHostPort(addr)
-	args = append([]string{
+	s := &redisServer{addr: addr, binary: binary, args: append([]string{
 		"--port", port, "--bind", "127.0.0.1", "--dir", t.TempDir(), "--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction",
-	}, args...)
-	s := &redisServer{addr: addr, cmd: exec.Command(binary, args...)} //nolint:gosec,noctx // it outlives no test: killed by Cleanup
-	require.NoError(t, s.cmd.Start())
+	}, args...)}
+	t.Cleanup(func() { s.kill() })
+	if !s.start(t) {
+		return nil
+	}
+	return s
+}
+
+// start reports whether the server answers.
+func (s *redisServer) start(t testing.TB) bool {
+	t.Helper()
+	cmd := exec.Command(s.binary, s.args...) //nolint:gosec,noctx // killed by Cleanup
+	require.NoError(t, cmd.Start())
 	ended := make(chan struct{})
-	go func() { _ = s.cmd.Wait(); close(ended) }()
-	t.Cleanup(func() {
-		_ = s.cmd.Process.Kill()
-		<-ended
-	})
-	client := redis.NewClient(&redis.Options{Addr: addr, MaxRetries: -1})
+	s.cmd, s.ended = cmd, ended
+	go func() {
+		_ = cmd.Wait()
+		close(ended)
+	}()
+	client := redis.NewClient(&redis.Options{Addr: s.addr, MaxRetries: -1})
 	defer func() { _ = client.Close() }()
 	for {
 		if err := client.Ping(t.Context()).Err(); err == nil {
-			return s
+			return true
 		}
 		select {
 		case <-ended:
-			return nil
+			return false
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+}
+
+func (s *redisServer) kill() {
+	_ = s.cmd.Process.Kill()
+	<-s.ended
+}
+
+// killAndRestart loses what was not saved.
+func (s *redisServer) killAndRestart(t testing.TB) {
+	t.Helper()
+	s.kill()
+	require.True(t, s.start(t))
 }
 
 func (s *redisServer) client(t testing.TB, change func(*redis.Options)) *redis.Client {
@@ -97,8 +122,8 @@ func (s *redisServer) client(t testing.TB, change func(*redis.Options)) *redis.C
 	return client
 }
 
-// startRedisCluster starts three masters and joins them.
-func startRedisCluster(t testing.TB) *redis.ClusterClient {
+// startRedisCluster starts three masters, joins them and returns their addresses.
+func startRedisCluster(t testing.TB) []string {
 	t.Helper()
 	const slots = 16384
 	var nodes []*redisServer
@@ -121,9 +146,7 @@ func startRedisCluster(t testing.TB) *redis.ClusterClient {
 			return err == nil && strings.Contains(info, "cluster_state:ok") && strings.Contains(info, "cluster_known_nodes:3")
 		}, time.Minute, 20*time.Millisecond, "the cluster does not form")
 	}
-	cluster := redis.NewClusterClient(&redis.ClusterOptions{Addrs: addrs})
-	t.Cleanup(func() { _ = cluster.Close() })
-	return cluster
+	return addrs
 }
 
 // bufferedConn is a net.Pipe with what a socket has: a buffer, without which a pipeline blocks on its first reply.
@@ -184,7 +207,7 @@ func TestRedisStoreConformsOnMiniredisInVirtualTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server := miniredis.NewMiniRedis()
 		server.ClockTTL(true)
-		client := redis.NewClient(&redis.Options{Dialer: func(context.Context, string, string) (net.Conn, error) {
+		client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:6379", PoolSize: 1000, Dialer: func(context.Context, string, string) (net.Conn, error) {
 			conn, err := server.Dial()
 			return bufferWrites(conn), err
 		}})
@@ -204,6 +227,17 @@ func TestRedisStoreConformsOnARealServer(t *testing.T) {
 
 func TestRedisStoreConformsOnACluster(t *testing.T) {
 	t.Parallel()
-	client := startRedisCluster(t)
-	storetest.Run(t, func(t *testing.T) comfyui.Store { return newRedisStore(t, client) }, nil)
+	addrs := startRedisCluster(t)
+	for name, options := range map[string]*redis.ClusterOptions{
+		"masters": {Addrs: addrs},
+		// There are none here, but the store must read as if there were.
+		"and replicas": {Addrs: addrs, RouteRandomly: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			client := redis.NewClusterClient(options)
+			t.Cleanup(func() { _ = client.Close() })
+			storetest.Run(t, func(t *testing.T) comfyui.Store { return newRedisStore(t, client) }, nil)
+		})
+	}
 }
