@@ -1404,11 +1404,14 @@ func flag(b bool) string {
 // settle turns a verdict on r into what a method returns. w is what was to be written.
 func (s *RedisStore) settle(method string, r *Record, w *redisWrite, a redisAnswer, err error) (*Record, error) {
 	var stored *Record
+	if err == nil && a.verdict == redisscript.Written && w == nil {
+		err = errBadReply
+	}
 	if err == nil {
 		switch a.verdict {
 		case redisscript.Written:
 			var h hold
-			if h, err = a.fields.hold(); err == nil && w != nil {
+			if h, err = a.fields.hold(); err == nil {
 				return h.record(w.content, r), nil
 			}
 		case redisscript.There:

@@ -28,7 +28,7 @@ import (
 
 func TestNewRedisStoreRefuses(t *testing.T) {
 	t.Parallel()
-	client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:1"})
+	client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:1", MaxRetries: -1, DialerRetries: 1})
 	t.Cleanup(func() { _ = client.Close() })
 	ring := redis.NewRing(&redis.RingOptions{Addrs: map[string]string{"a": "127.0.0.1:1"}, HeartbeatFrequency: time.Hour})
 	t.Cleanup(func() { _ = ring.Close() })
@@ -132,7 +132,7 @@ func (p *droppingProxy) answer(client, server net.Conn) {
 
 func TestS38LostRepliesChangeNothing(t *testing.T) {
 	t.Parallel()
-	proxy := startDroppingProxy(t, startRedis(t).addr, 7)
+	proxy := startDroppingProxy(t, startRedis(t).addr, 11)
 	client := redis.NewClient(&redis.Options{
 		Addr: proxy.listener.Addr().String(), MaxRetries: 50, MinRetryBackoff: time.Microsecond, MaxRetryBackoff: 2 * time.Millisecond,
 	})
