@@ -27,6 +27,8 @@ type PodClient struct {
 	endpoint *endpoint
 	retrier  *retrier
 	counters *counters
+	// retryHook is Hooks.Retry; nil: none.
+	retryHook *herald[RetryInfo]
 
 	mu      sync.Mutex
 	tracker *tracker // nil until the first job
@@ -52,6 +54,9 @@ func NewPodClient(baseURL string, opts ...Option) (*PodClient, error) {
 	}
 	c.retrier = c.endpoint.retries
 	c.retrier.notify = c.notifyRetry
+	if f := o.hooks.Retry; f != nil {
+		c.retryHook = &herald[RetryInfo]{f: f}
+	}
 	return c, nil
 }
 
@@ -337,8 +342,8 @@ func (c *PodClient) Name() string {
 // notifyRetry tells Hooks.Retry, on a goroutine that blocks nothing.
 func (c *PodClient) notifyRetry(info RetryInfo) {
 	c.opts.logger.Debug("comfyui: retrying", "pod", info.Pod, "op", info.Op, "job", info.JobID, "try", info.Try, "wait", info.Wait, "error", info.Err)
-	if f := c.opts.hooks.Retry; f != nil {
-		go f(info)
+	if c.retryHook != nil {
+		c.retryHook.tell(info)
 	}
 }
 
@@ -512,7 +517,7 @@ func (c *PodClient) claim(ctx context.Context, op string, t *tracker, a admissio
 }
 
 func (c *PodClient) admit(op string, t *tracker, a admission) (j *Job, err error) {
-	if !t.ask(func() { j = t.admit(a) }) {
+	if !t.tell(func() { j = t.admit(a) }) {
 		return nil, c.closedError(op)
 	}
 	return j, nil
@@ -738,8 +743,8 @@ func (c *PodClient) Recover(ctx context.Context) iter.Seq2[*Job, error] {
 				}
 				continue
 			}
-			if rec.Owner == t.owner {
-				continue // driven here already, or being submitted right now
+			if followed := false; !t.tell(func() { followed = t.jobs[rec.JobID] != nil }) || followed {
+				continue
 			}
 			taken, more := c.recoverOne(ctx, t, rec, yield)
 			if !more {

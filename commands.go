@@ -21,7 +21,7 @@ import (
 )
 
 // What a client does to the pod for its jobs: posting, looking, cancelling. The parts that run on workers touch no state of
-// the tracker's; the parts that run on the tracker's goroutine say so by their receiver.
+// the tracker's; methods of *tracker that take a *tracked run under its lock.
 
 // promptID names an attempt: two processes that repeat an attempt use the same id, and a job whose record was lost can still
 // be matched to what the pod runs.
@@ -66,7 +66,7 @@ type submission struct {
 	secrets    map[string]any
 	number     *float64
 	lease      *lease
-	patience   context.Context //nolint:containedctx // ends when no further POST is wanted
+	patience   context.Context
 	seen       <-chan struct{} // closed: the stream has shown the prompt
 	posts      int
 }
@@ -79,7 +79,10 @@ type submitted struct {
 	promptID   string
 	clientID   string
 	number     float64
-	posts      int // POSTs that were made; 0: it was found
+	posts      int  // POSTs that were made; 0: it was found
+	answered   bool // the last of them was answered with a number
+	postedAt   time.Time
+	heard      int64 // frames that the stream had heard then
 	nodeErrors map[string]wire.NodeErrors
 	workflow   json.RawMessage // with uploaded names; nil: unchanged
 	err        *Error
@@ -147,20 +150,19 @@ func (t *tracker) pump() {
 
 func (t *tracker) post(j *tracked) {
 	now := time.Now()
-	if j.rec.AttemptAt.IsZero() {
-		j.rec.AttemptAt = now
-	}
+	j.rec.AttemptAt = now
 	patience, enough := context.WithCancelCause(t.ctx)
 	found := make(chan struct{})
 	j.posting.busy, j.posting.enough, j.posting.found = true, enough, found
+	rec := j.rec // what it refers to is replaced, never changed
 	s := &submission{
-		t: t, rec: j.rec.Clone(), look: j.look, free: j.rec.Failure != nil && j.rec.Failure.Category == CategoryOutOfMemory,
+		t: t, rec: &rec, look: j.look, free: j.rec.Failure != nil && j.rec.Failure.Category == CategoryOutOfMemory,
 		inputs: j.inputs, secrets: j.secrets, number: j.number, lease: j.lease, patience: patience, seen: found,
 	}
 	if j.look {
 		s.attempts = t.allAttempts(j)
 		if j.rec.Epoch > 1 {
-			s.graceUntil = minTime(j.rec.AttemptAt, now).Add(max(0, t.timing.Grace))
+			s.graceUntil = j.claimedAt.Add(max(0, t.timing.Grace))
 		}
 	} else {
 		s.attempts = []sought{{j.rec.JobID, j.rec.PromptID, j.rec.Attempt}}
@@ -171,13 +173,6 @@ func (t *tracker) post(j *tracked) {
 		result := s.run(ctx)
 		return func() { t.submitted(id, attempt, j, result) }
 	})
-}
-
-func minTime(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return a
-	}
-	return b
 }
 
 // allAttempts are the prompts under which the pod may know the job, the newest first: when a record was lost, its attempts
@@ -245,9 +240,9 @@ func (t *tracker) accepted(j *tracked, r submitted, now time.Time) {
 		t.register(j)
 	}
 	j.look = false
-	t.noteNumber(j, r.number)
-	if r.posts > 0 {
-		t.suspectDeaf(now) // each POST makes the pod send a status frame to everyone
+	t.noteNumber(j, r, now)
+	if r.answered { // each POST makes the pod send a status frame to everyone
+		t.suspectDeaf(r.postedAt, r.heard, now)
 	}
 	var warnings []*Error
 	if len(r.nodeErrors) > 0 {
@@ -281,17 +276,20 @@ func (t *tracker) accepted(j *tracked, r submitted, now time.Time) {
 	}
 }
 
-// noteNumber watches the pod's counter: one that goes back belongs to another process.
-func (t *tracker) noteNumber(j *tracked, number float64) {
-	if j.number != nil || j.rec.Options.Front || number != math.Trunc(number) || number < 0 {
+// noteNumber watches the pod's counter: one that goes back belongs to another process. Answers may overtake each other, so
+// only a POST that was sent after the higher number had come proves that.
+func (t *tracker) noteNumber(j *tracked, r submitted, now time.Time) {
+	if !r.answered || j.number != nil || j.rec.Options.Front || r.number != math.Trunc(r.number) || r.number < 0 {
 		return
 	}
-	if number < t.pod.highest {
+	if r.number < t.pod.highest {
+		if !r.postedAt.After(t.pod.highestAt) {
+			return
+		}
 		t.restarted()
-		j.incarnation = t.pod.incarnation
-		t.lookBy(time.Now())
+		t.lookBy(now)
 	}
-	t.pod.highest = number
+	t.pod.highest, t.pod.highestAt = r.number, now
 }
 
 // stopPosting makes the submission under way stop at the next safe point.
@@ -322,6 +320,9 @@ func (s *submission) run(ctx context.Context) submitted {
 	workflow, err := s.upload(ctx)
 	if err != nil {
 		return submitted{err: s.blame(err)}
+	}
+	if workflow != nil {
+		s.rec.Workflow = workflow
 	}
 	if s.free {
 		if err := s.t.endpoint.freeMemory(ctx, true, true); err != nil {
@@ -377,6 +378,7 @@ func (s *submission) post(ctx context.Context) (submitted, error) {
 	if s.posts == 1 {
 		s.t.counters.attempts.Add(1)
 	}
+	postedAt, heard := time.Now(), s.t.stream.heard.Load()
 	reply, outcome, err := s.t.endpoint.postPrompt(ctx, body, func() error { return s.lease.confirm(ctx) })
 	switch outcome {
 	case postAccepted:
@@ -386,7 +388,7 @@ func (s *submission) post(ctx context.Context) (submitted, error) {
 		}
 		return submitted{
 			accepted: true, attempt: s.rec.Attempt, promptID: id, clientID: s.t.opts.clientID, number: reply.Number,
-			nodeErrors: reply.NodeErrors, posts: s.posts,
+			nodeErrors: reply.NodeErrors, posts: s.posts, answered: reply.PromptID != "", postedAt: postedAt, heard: heard,
 		}, nil
 	case postRefused, postUnsent:
 		return submitted{}, err
@@ -611,6 +613,7 @@ type reconciler struct {
 	fingerprint bool   // compare the process with the one before
 	oldest      string // its oldest history entry
 	ended       string // a history entry that was read
+	heard       int64  // frames that the stream had heard when the look began
 
 	err      error
 	whole    bool // the whole queue was read
@@ -638,7 +641,6 @@ const (
 )
 
 func (r *reconciler) run(ctx context.Context) {
-	r.spots = make(map[string]spot, len(r.wanted))
 	if !r.heavy || len(r.wanted) > fewJobs || !r.lookSingly(ctx) {
 		r.lookAtQueue(ctx)
 	}
@@ -653,6 +655,7 @@ func (r *reconciler) run(ctx context.Context) {
 // lookSingly asks for each job; false: this pod cannot do that.
 func (r *reconciler) lookSingly(ctx context.Context) bool {
 	start := time.Now()
+	r.spots = make(map[string]spot, len(r.wanted))
 	for _, w := range r.wanted {
 		job, supported, err := r.endpoint.apiJob(ctx, w.promptID)
 		if err != nil || !supported {
@@ -718,6 +721,7 @@ func (r *reconciler) lookAtQueue(ctx context.Context) {
 	for i := range pending {
 		take(&pending[i], placePending, len(running)+i)
 	}
+	r.spots = make(map[string]spot, len(byPrompt))
 	for id, s := range byPrompt {
 		r.spots[id] = *s
 	}
@@ -857,6 +861,7 @@ type cancelState struct {
 	busy    bool
 	next    time.Time
 	tries   int
+	refused bool // it cannot be done without hitting another's job
 	touched bool // the pod has said that it took the prompt out or will stop it
 }
 
@@ -917,7 +922,7 @@ func (t *tracker) cancelRequested(jobID string, w *cancelWaiter) {
 		}
 		j.cancel.waiters[w] = struct{}{}
 	}
-	j.rec.CancelRequested = true
+	j.rec.CancelRequested, j.cancel.refused = true, false
 	if j.lease != nil {
 		if w == nil {
 			t.wantCancel(j, now)
@@ -971,7 +976,7 @@ func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 		t.contact(now)
 	case CategoryOf(err) == CategoryConflict && !errors.Is(err, ErrFenced):
 		// It cannot be done without hitting another's job: the job goes on.
-		j.rec.CancelRequested = false
+		j.rec.CancelRequested, c.refused = false, true
 		c.until = now
 		c.release(j.failure(CategoryConflict, err))
 	default:

@@ -26,8 +26,9 @@ import (
 	"unicode"
 	"unicode/utf8"
 
-	"github.com/comfypod/comfyui/internal/wire"
 	"github.com/gorilla/websocket"
+
+	"github.com/comfypod/comfyui/internal/wire"
 )
 
 // Category says what kind of failure an error is, and so what may help: it chooses the RetryPolicy. New ones may be added.
@@ -275,10 +276,7 @@ func CategoryOf(err error) Category {
 	if err == nil {
 		return ""
 	}
-	if c := toldCategory(err, 0); c != "" {
-		return c
-	}
-	return plainCategory(err)
+	return cmp.Or(toldCategory(err, 0), decodedCategory(err, 0), plainCategory(err))
 }
 
 // maxErrorDepth bounds the walk over a chain of errors, which comes from JSON too.
@@ -303,13 +301,25 @@ func toldCategory(err error, depth int) Category {
 		return validationCategory(e)
 	case *ExecutionError:
 		return executionCategory(e.ExceptionType, e.Message)
-	case *decodedError:
-		if e.category != "" {
-			return e.category
-		}
 	}
 	for _, cause := range causesOf(err) {
 		if c := toldCategory(cause, depth+1); c != "" {
+			return c
+		}
+	}
+	return ""
+}
+
+// decodedCategory is what plainCategory said before the error went through JSON.
+func decodedCategory(err error, depth int) Category {
+	if err == nil || depth > maxErrorDepth {
+		return ""
+	}
+	if e, ok := err.(*decodedError); ok && e.category != "" { //nolint:errorlint // this is the walk over the chain
+		return e.category
+	}
+	for _, cause := range causesOf(err) {
+		if c := decodedCategory(cause, depth+1); c != "" {
 			return c
 		}
 	}
@@ -473,7 +483,7 @@ func encodeError(err error) (json.RawMessage, error) {
 	return json.Marshal(causeToJSON(err, 0))
 }
 
-func decodeError(data []byte) (error, error) { //nolint:staticcheck // the first is the value
+func decodeError(data []byte) (error, error) {
 	var j *causeJSON
 	if err := json.Unmarshal(data, &j); err != nil {
 		return nil, fmt.Errorf("comfyui: error is malformed: %w", err)

@@ -22,10 +22,11 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/comfypod/comfyui/internal/wire"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"pgregory.net/rapid"
+
+	"github.com/comfypod/comfyui/internal/wire"
 )
 
 var categories = []Category{
@@ -38,7 +39,7 @@ var categories = []Category{
 func TestCategoryOf(t *testing.T) {
 	t.Parallel()
 	dial := &net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED}
-	_, sockTimeout := net.DialTimeout("tcp", "127.0.0.1:1", time.Nanosecond)
+	_, sockTimeout := (&net.Dialer{Timeout: time.Nanosecond}).DialContext(t.Context(), "tcp", "127.0.0.1:1")
 	for _, test := range []struct {
 		name string
 		err  error
@@ -129,6 +130,27 @@ func TestErrorText(t *testing.T) {
 	}
 }
 
+func TestRedactURLs(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string]string{
+		"nothing here":                         "nothing here",
+		"http://h:8188/a/b":                    "http://h:8188/a/b",
+		"http://u:p@h/a":                       "http://h/a",
+		"HTTPS://u:p@h/a?b=c":                  "HTTPS://h/a",
+		"x wss://h/ws?clientId=1&token=2 y":    "x wss://h/ws y",
+		"http://u:p?q@h/":                      "http://h/",
+		"http://u:p#q@h":                       "http://h",
+		"http://h/a#access_token=x":            "http://h/a",
+		"http://tok@[::1]:80/":                 "http://[::1]:80/",
+		"http://h/a@b":                         "http://h/a@b",
+		"redis://:pw@r:6379/0, rediss://u:p@r": "redis://r:6379/0, rediss://r",
+		"socks5://u:p@proxy:1080: refused":     "socks5://proxy:1080: refused",
+		`parse "http://u:p@h/%zz": invalid`:    `parse "http://h/%zz": invalid`,
+	} {
+		assert.Equal(t, want, redactURLs(text))
+	}
+}
+
 func TestValidationErrorText(t *testing.T) {
 	t.Parallel()
 	v := &ValidationError{Message: "Prompt outputs failed validation", Nodes: map[string]NodeErrors{
@@ -169,6 +191,7 @@ type recordedLine struct {
 	Status  int               `json:"status"`
 	Headers map[string]string `json:"headers"`
 	Body    json.RawMessage   `json:"body"`
+	Raw     string            `json:"body_text"` // JSON that Go refuses
 	Text    string            `json:"text"`
 }
 
@@ -182,6 +205,9 @@ func (l recordedLine) header() http.Header {
 
 // bytes is the body as it was sent: JSON, or the text that the recording keeps as a JSON string.
 func (l recordedLine) bytes() []byte {
+	if l.Raw != "" {
+		return []byte(l.Raw)
+	}
 	if !strings.Contains(l.Headers["Content-Type"], "json") {
 		var text string
 		if json.Unmarshal(l.Body, &text) == nil {
@@ -540,6 +566,23 @@ func TestErrorJSONOfANewerVersion(t *testing.T) {
 	data, err := json.Marshal(&e)
 	require.NoError(t, err)
 	assert.Contains(t, string(data), "a_new_one", "what this version does not know goes on")
+}
+
+// What a caller put into a ValidationError need not be JSON; the rest of it is kept.
+func TestErrorJSONOfBadExtraInfo(t *testing.T) {
+	t.Parallel()
+	v := &ValidationError{Nodes: map[string]NodeErrors{
+		"1": {Class: "A", Errors: []NodeError{{Type: "x", ExtraInfo: json.RawMessage("{")}, {Type: "y", ExtraInfo: json.RawMessage("{}")}}},
+	}}
+	data, err := json.Marshal(&Error{Err: v})
+	require.NoError(t, err)
+	assert.Equal(t, "{", string(v.Nodes["1"].Errors[0].ExtraInfo), "the caller's own is as it was")
+	var e Error
+	require.NoError(t, json.Unmarshal(data, &e))
+	var back *ValidationError
+	require.ErrorAs(t, &e, &back)
+	assert.Nil(t, back.Nodes["1"].Errors[0].ExtraInfo)
+	assert.Equal(t, "{}", string(back.Nodes["1"].Errors[1].ExtraInfo))
 }
 
 func TestErrorJSONHoldsNoURLSecrets(t *testing.T) {

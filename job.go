@@ -356,7 +356,7 @@ type Result struct {
 }
 
 func resultOf(r *Record, c *PodClient) *Result {
-	outs := slices.Clone(r.Outputs)
+	outs := append(make([]Output, 0, len(r.Outputs)), r.Outputs...) // in JSON a list, also when it is empty
 	for i := range outs {
 		outs[i].pod = c
 	}
@@ -487,5 +487,43 @@ func (c *callback) run() {
 		for i := range evs {
 			c.f(evs[i])
 		}
+	}
+}
+
+// herald calls a hook with values, one after another, on a goroutine that lives only while there is something to tell. A hook
+// that does not keep up misses the oldest.
+type herald[T any] struct {
+	f func(T)
+
+	mu    sync.Mutex
+	queue []T
+	busy  bool
+}
+
+func (t *herald[T]) tell(v T) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.queue) == maxQueuedEvents {
+		t.queue = slices.Delete(t.queue, 0, 1)
+	}
+	t.queue = append(t.queue, v)
+	if !t.busy {
+		t.busy = true
+		go t.run()
+	}
+}
+
+func (t *herald[T]) run() {
+	for {
+		t.mu.Lock()
+		if len(t.queue) == 0 {
+			t.busy = false
+			t.mu.Unlock()
+			return
+		}
+		v := t.queue[0]
+		t.queue = t.queue[1:]
+		t.mu.Unlock()
+		t.f(v)
 	}
 }

@@ -61,7 +61,7 @@ func startRedisWith(t testing.TB, args func(port string) []string) *redisServer 
 		t.Skip("no redis-server on this machine")
 	}
 	for range 10 {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 		require.NoError(t, err)
 		addr := listener.Addr().String()
 		require.NoError(t, listener.Close())

@@ -245,7 +245,7 @@ type (
 )
 
 // apply takes one observation in and appends the events that it makes to evs. A *wire.Message is a frame of the stream about
-// this job's prompt.
+// this job's prompt; it is not kept.
 func (s *jobState) apply(o observation, now time.Time, evs []Event) []Event {
 	if s.rec.Progress.Status.Terminal() {
 		return evs
@@ -442,7 +442,8 @@ func (e *emitter) terminalFrame(m *wire.Message) {
 		return
 	}
 	if e.s.attempt.ended == nil {
-		e.s.attempt.ended = m
+		kept := *m
+		e.s.attempt.ended = &kept
 	}
 }
 
@@ -619,6 +620,7 @@ func (e *emitter) cachedAfterwards(nodes []string) {
 			e.s.rec.CachedNodes = append(e.s.rec.CachedNodes, id)
 		}
 	}
+	e.s.sum()
 }
 
 // ended takes a terminal message, of the history or, failing that, of the stream.

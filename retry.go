@@ -61,15 +61,15 @@ func DefaultRetryPolicy(c Category) RetryPolicy {
 func (p RetryPolicy) validate() error {
 	switch {
 	case p.MaxAttempts < 0:
-		return fmt.Errorf("MaxAttempts is %d; 0 and 1 mean no retry", p.MaxAttempts)
+		return fmt.Errorf("its MaxAttempts is %d; 0 and 1 mean no retry", p.MaxAttempts)
 	case p.InitialInterval < 0 || p.MaxInterval < 0 || p.MaxElapsed < 0:
 		return errors.New("a duration is negative")
 	case p.MaxInterval > 0 && p.MaxInterval < p.InitialInterval:
-		return fmt.Errorf("MaxInterval %s is below InitialInterval %s", p.MaxInterval, p.InitialInterval)
+		return fmt.Errorf("its MaxInterval %s is below its InitialInterval %s", p.MaxInterval, p.InitialInterval)
 	case p.Multiplier != 0 && !(p.Multiplier >= 1) || math.IsInf(p.Multiplier, 0):
-		return fmt.Errorf("Multiplier is %v; it must be 1 or more, or 0 for 2", p.Multiplier)
+		return fmt.Errorf("its Multiplier is %v; it must be 1 or more, or 0 for 2", p.Multiplier)
 	case !(p.Jitter >= 0 && p.Jitter <= 1):
-		return fmt.Errorf("Jitter is %v; it must be between 0 and 1", p.Jitter)
+		return fmt.Errorf("its Jitter is %v; it must be between 0 and 1", p.Jitter)
 	}
 	return nil
 }
@@ -137,6 +137,7 @@ type retryOp struct {
 	op, jobID string
 	safe      func(error) bool // whether it may be repeated after this error; nil: any
 	fixed     *RetryPolicy     // nil: by the category of each error
+	patient   bool             // waits by profession: outside the budget
 }
 
 // do tries until there is no error, or one that is not repeated, which it returns as it is. When ctx ends first the error has
@@ -173,7 +174,7 @@ var errTry = errors.New("try failed")
 
 // retrySchedule is the backoff.BackOffContext of one do.
 type retrySchedule struct {
-	ctx     context.Context //nolint:containedctx // backoff asks for it
+	ctx     context.Context
 	retrier *retrier
 	what    retryOp
 	start   time.Time
@@ -208,6 +209,10 @@ func (s *retrySchedule) NextBackOff() time.Duration {
 	if s.ctx.Err() != nil {
 		s.again = true
 		return backoff.Stop
+	}
+	if s.what.patient {
+		s.again = true
+		return wait
 	}
 	ready, ok := s.retrier.budget.take()
 	if !ok {
@@ -263,7 +268,7 @@ func (r *retrier) ended(ctx context.Context, what retryOp, last error) error {
 	if errors.Is(end, ErrClosed) {
 		e.Category = CategoryClosed
 	}
-	if !isEnd(last) {
+	if last != nil && !isEnd(last) {
 		e.Err = errors.Join(end, last)
 	}
 	return e

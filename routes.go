@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -27,8 +28,9 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/comfypod/comfyui/internal/wire"
 	"github.com/gorilla/websocket"
+
+	"github.com/comfypod/comfyui/internal/wire"
 )
 
 // ---------------------------------------------------------------- the public routes
@@ -192,8 +194,7 @@ func (c *PodClient) ClearQueue(ctx context.Context) error {
 	const op = "clear queue"
 	// Repeated after a lost answer it could remove what others have queued since.
 	return c.repeat(ctx, retryOp{op: op, safe: neverSent}, func(ctx context.Context) error {
-		_, err := c.endpoint.post(ctx, op, "/queue", []byte(`{"clear":true}`), nil)
-		return err
+		return c.endpoint.post(ctx, op, "/queue", []byte(`{"clear":true}`), nil)
 	})
 }
 
@@ -363,7 +364,7 @@ func (c *PodClient) Do(ctx context.Context, method, path string, query url.Value
 	err = c.repeat(ctx, retryOp{op: op, safe: safe}, func(context.Context) (err error) {
 		q := q
 		q.body = open()
-		resp, err = c.endpoint.send(ctx, q) // not bound to the loop: the body outlives it
+		resp, err = c.endpoint.send(ctx, q) //nolint:bodyclose // the caller's; and not bound to the loop, which it outlives
 		return err
 	})
 	return resp, err
@@ -428,12 +429,12 @@ func (c *PodClient) refuse(op, fault string) error {
 
 func (c *PodClient) getJSON(ctx context.Context, op, path string, limit int64, to any) error {
 	return c.repeat(ctx, retryOp{op: op}, func(ctx context.Context) error {
-		body, err := c.endpoint.get(ctx, op, path, nil, limit)
+		r, err := c.endpoint.read(ctx, call{op: op, method: http.MethodGet, path: path}, limit)
 		if err != nil {
 			return err
 		}
-		if err := json.Unmarshal(wire.Sanitize(body), to); err != nil {
-			return c.endpoint.malformed(op, nil, body, err)
+		if err := json.Unmarshal(wire.Sanitize(r.body), to); err != nil {
+			return c.endpoint.malformed(op, r, err)
 		}
 		return nil
 	})
@@ -451,7 +452,7 @@ type endpoint struct {
 	client   *http.Client    // follows no redirect
 	strange  *http.Client    // the same without cookies, for other hosts
 	own      *http.Transport // nil: the caller's
-	life     context.Context //nolint:containedctx // the client's: it ends with Close
+	life     context.Context
 	end      context.CancelCauseFunc
 
 	mu          sync.Mutex
@@ -459,6 +460,7 @@ type endpoint struct {
 	maxUpload   int64     // of /features; 0: not known, -1: none told
 	noCancel    time.Time // until then /api/jobs/{id}/cancel is taken as absent
 	noJobsRoute time.Time // until then /api/jobs/{id} is taken as absent
+	health      healthMemory
 }
 
 // Bounds of what is read of an answer, after decompression.
@@ -500,8 +502,10 @@ func (e *endpoint) transport(from *http.Transport) *http.Transport {
 	t := from.Clone()
 	t.DialContext = (&net.Dialer{Timeout: max(e.timing.Connect, 0), KeepAlive: 30 * time.Second}).DialContext
 	t.TLSHandshakeTimeout = max(e.timing.Connect, 0)
-	t.MaxIdleConnsPerHost = 16
+	t.MaxIdleConnsPerHost = posters + errands + 8 // so that no connection is dropped that the next call needs
 	t.MaxResponseHeaderBytes = 1 << 20
+	// Without pings a dead HTTP/2 connection would swallow call after call.
+	t.HTTP2 = &http.HTTP2Config{SendPingTimeout: max(e.timing.Ping, 0), PingTimeout: max(e.timing.Connect, 0)}
 	return t
 }
 
@@ -624,6 +628,7 @@ type call struct {
 	body             *outgoing             // nil: none
 	accept           func(status int) bool // beside 2xx
 	small            bool                  // Timing.Request bounds the answer's body too
+	needsBody        bool                  // the pod does nothing before it has the whole body
 	roams            bool                  // a redirect to another host is followed, without credentials
 }
 
@@ -641,8 +646,8 @@ func (e *endpoint) send(ctx context.Context, q call) (*http.Response, error) {
 
 func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error) {
 	l := e.lifeline(ctx, q.op)
-	var reached connection
-	req, err := e.request(l, q, &reached)
+	reached := &connection{line: l, body: q.body}
+	req, err := e.request(l, q, reached)
 	if err != nil {
 		l.end()
 		return nil, err
@@ -654,7 +659,7 @@ func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error)
 			if resp != nil {
 				_ = resp.Body.Close()
 			}
-			err = e.unanswered(l, q, req, &reached, err)
+			err = e.unanswered(l, q, req, reached, err)
 			l.end()
 			return nil, err
 		}
@@ -761,7 +766,7 @@ func portOf(u *url.URL) string {
 type lifeline struct {
 	endpoint *endpoint
 	op       string
-	ctx      context.Context //nolint:containedctx // a call's
+	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	unhook   func() bool
 
@@ -771,10 +776,14 @@ type lifeline struct {
 	over  bool          // nothing starts the timer again
 }
 
-var (
-	errSilent = errors.New("nothing came")     // the cause of a call that ended for want of an answer
-	errOver   = errors.New("the call is over") // the cause of one that ended as it should
-)
+// errOver is the cause of a call that ended as it should.
+var errOver = errors.New("the call is over")
+
+// silence is the cause of a call that ended for want of an answer.
+type silence time.Duration
+
+func (s silence) Error() string { return fmt.Sprintf("the pod was silent for %s", time.Duration(s)) }
+func (s silence) Timeout() bool { return true }
 
 func (e *endpoint) lifeline(parent context.Context, op string) *lifeline {
 	l := &lifeline{endpoint: e, op: op, limit: e.timing.Request}
@@ -784,7 +793,7 @@ func (e *endpoint) lifeline(parent context.Context, op string) *lifeline {
 		l.cancel(ErrClosed)
 	}
 	if l.limit > 0 {
-		l.timer = time.AfterFunc(l.limit, func() { l.cancel(errSilent) })
+		l.timer = time.AfterFunc(l.limit, l.silent)
 	}
 	return l
 }
@@ -806,10 +815,17 @@ func (l *lifeline) restart(limit time.Duration) {
 	switch {
 	case l.limit < 0:
 	case l.timer == nil:
-		l.timer = time.AfterFunc(l.limit, func() { l.cancel(errSilent) })
+		l.timer = time.AfterFunc(l.limit, l.silent)
 	default:
 		l.timer.Reset(l.limit)
 	}
+}
+
+func (l *lifeline) silent() {
+	l.mu.Lock()
+	limit := l.limit
+	l.mu.Unlock()
+	l.cancel(silence(limit))
 }
 
 // pause stops the time until watch.
@@ -834,15 +850,14 @@ func (l *lifeline) cut() *Error {
 		return nil
 	}
 	e := &Error{Op: l.op, Pod: l.endpoint.opts.name}
+	var s silence
 	switch cause := context.Cause(l.ctx); {
 	case errors.Is(cause, errOver):
 		return nil
 	case errors.Is(cause, ErrClosed):
 		e.Category, e.Err = CategoryClosed, ErrClosed
-	case errors.Is(cause, errSilent):
-		l.mu.Lock()
-		e.Category, e.Err = CategoryTimeout, fmt.Errorf("the pod was silent for %s", l.limit)
-		l.mu.Unlock()
+	case errors.As(cause, &s):
+		e.Category, e.Err = CategoryTimeout, s
 	default:
 		e.Category, e.Err = CategoryContext, endOf(l.ctx)
 	}
@@ -850,7 +865,11 @@ func (l *lifeline) cut() *Error {
 }
 
 // connection is how far a request got.
-type connection struct{ state atomic.Int32 }
+type connection struct {
+	line  *lifeline
+	body  *outgoing // nil: none
+	state atomic.Int32
+}
 
 const (
 	connectionUntold int32 = iota // a RoundTripper that does not tell
@@ -861,7 +880,27 @@ const (
 func (c *connection) trace() *httptrace.ClientTrace {
 	return &httptrace.ClientTrace{
 		GetConn: func(string) { c.state.Store(connectionSought) },
-		GotConn: func(httptrace.GotConnInfo) { c.state.Store(connectionMade) },
+		GotConn: c.made,
+	}
+}
+
+// made asks confirm before the headers go out: there are routes that act without reading a body. If it refuses, the connection is
+// spoilt for writing, because nothing else keeps an HTTP/1 transport from sending the headers. HTTP/2 heeds the ctx.
+func (c *connection) made(info httptrace.GotConnInfo) {
+	c.state.Store(connectionMade)
+	if c.body == nil || c.body.confirm == nil {
+		return
+	}
+	refusal := c.body.ask(true)
+	if refusal == nil {
+		return
+	}
+	c.line.cancel(refusal)
+	if t, ok := info.Conn.(*tls.Conn); ok && t.ConnectionState().NegotiatedProtocol == "h2" {
+		return // others' requests are on it
+	}
+	if err := info.Conn.SetWriteDeadline(time.Unix(1, 0)); err != nil {
+		_ = info.Conn.Close()
 	}
 }
 
@@ -899,7 +938,7 @@ func (e *endpoint) unanswered(l *lifeline, q call, req *http.Request, reached *c
 	}
 	// A transport sends a POST again only when nothing of it went out before. So a body that was read and a last try that got no
 	// connection is a request of which nothing was sent.
-	if !left || reached.state.Load() == connectionSought {
+	if reached.state.Load() == connectionSought || !left && q.needsBody {
 		failed.Err = &unsent{failed.Err}
 	}
 	return failed
@@ -951,19 +990,15 @@ func onEveryPod(path string) bool {
 }
 
 // malformed is the error of an answer that cannot be read: a page instead of JSON, as a rule.
-func (e *endpoint) malformed(op string, resp *http.Response, body []byte, cause error) error {
-	failed := &Error{Op: op, Pod: e.opts.name, Category: CategoryProtocol}
-	header, sent := http.Header{}, http.Header{}
-	if resp != nil {
-		failed.StatusCode, header, sent = resp.StatusCode, resp.Header, resp.Request.Header
-	}
-	if isHTML(header, body) {
-		if bytes.Contains(bytes.ToLower(body), []byte(`type="password"`)) || resp != nil && isLogin(resp.Request.URL.Path) {
+func (e *endpoint) malformed(op string, r *reply, cause error) error {
+	failed := &Error{Op: op, Pod: e.opts.name, Category: CategoryProtocol, StatusCode: r.status, Err: cause}
+	if isHTML(r.header, r.body) {
+		if bytes.Contains(bytes.ToLower(r.body), []byte(`type="password"`)) || isLogin(r.path) {
 			failed.Category = CategoryAuth
 		}
-		cause = fmt.Errorf("a page came instead of JSON: %s", excerpt(failed.StatusCode, header, []byte(e.scrub(string(body[:min(len(body), refusalReply)]), sent))))
+		page := e.scrub(string(r.body[:min(len(r.body), refusalReply)]), r.sent)
+		failed.Err = fmt.Errorf("a page came instead of JSON: %s", excerpt(r.status, r.header, []byte(page)))
 	}
-	failed.Err = cause
 	return failed
 }
 
@@ -1071,6 +1106,7 @@ type outgoing struct {
 	sealed  bool
 	left    bool
 	sent    int64
+	asked   bool          // confirm, for the connection at hand
 	refusal error         // confirm's
 	broken  error         // the reader's
 	reading chan struct{} // closed when the Read that is under way is done
@@ -1127,25 +1163,30 @@ func (o *outgoing) settled(ctx context.Context) {
 
 var errSealed = errors.New("the request is over")
 
-// begin asks confirm; an error stops the request before any of its body is out.
+// ask asks confirm, once for each connection; an error stops the request before any of its body is out.
+func (o *outgoing) ask(connected bool) error {
+	refusal := o.confirm()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.asked, o.refusal = connected, refusal
+	return refusal
+}
+
+// begin lets the first byte out, if confirm agrees.
 func (o *outgoing) begin() error {
 	o.mu.Lock()
-	sealed := o.sealed
+	sealed, asked, refusal := o.sealed, o.asked, o.refusal
+	o.asked = false // a replay asks again
 	o.mu.Unlock()
-	if sealed {
-		return errSealed
+	if !sealed && !asked && o.confirm != nil {
+		refusal = o.ask(false) // the transport did not tell of its connection
 	}
-	var refusal error
-	if o.confirm != nil {
-		refusal = o.confirm()
+	if refusal != nil {
+		return refusal
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	switch {
-	case refusal != nil:
-		o.refusal = refusal
-		return refusal
-	case o.sealed:
+	if o.sealed {
 		return errSealed
 	}
 	o.left = true
@@ -1200,43 +1241,47 @@ func (r *outgoingReader) Read(p []byte) (int, error) {
 // Close leaves the reader to the caller, whose it is.
 func (r *outgoingReader) Close() error { return nil }
 
+// reply is an answer that was read to its end.
+type reply struct {
+	status int
+	header http.Header
+	sent   http.Header // the request's
+	path   string      // where the answer came from, after redirects
+	body   []byte
+}
+
 // read makes one try and reads the whole answer, at most limit bytes after decompression.
-func (e *endpoint) read(ctx context.Context, q call, limit int64) (*http.Response, []byte, error) {
+func (e *endpoint) read(ctx context.Context, q call, limit int64) (*reply, error) {
 	q.small = true
 	resp, err := e.send(ctx, q)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	defer func() { _ = resp.Body.Close() }()
-	tooLong := func() error {
-		return &Error{
-			Op: q.op, Pod: e.opts.name, Category: CategoryProtocol, StatusCode: resp.StatusCode,
+	r := &reply{status: resp.StatusCode, header: resp.Header, sent: resp.Request.Header, path: resp.Request.URL.Path}
+	if resp.ContentLength <= limit {
+		body := bytes.NewBuffer(make([]byte, 0, bytes.MinRead+min(max(resp.ContentLength, 0), 64<<10))) // a claim is not believed beyond that
+		_, err = body.ReadFrom(io.LimitReader(resp.Body, limit+1))
+		r.body = body.Bytes()
+	}
+	if err == nil && (resp.ContentLength > limit || int64(len(r.body)) > limit) {
+		err = &Error{
+			Op: q.op, Pod: e.opts.name, Category: CategoryProtocol, StatusCode: r.status,
 			Err: fmt.Errorf("the answer is longer than %d MiB", limit>>20),
 		}
 	}
-	var body []byte
-	if resp.ContentLength > limit {
-		err = tooLong()
-	} else if body, err = io.ReadAll(io.LimitReader(resp.Body, limit+1)); err == nil && int64(len(body)) > limit {
-		err = tooLong()
-	}
 	if err != nil {
 		e.counters.callErrors.Add(1)
-		return nil, nil, err
+		return nil, err
 	}
-	return resp, body, nil
-}
-
-// get reads a small body, one try.
-func (e *endpoint) get(ctx context.Context, op, path string, query url.Values, limit int64) ([]byte, error) {
-	_, body, err := e.read(ctx, call{op: op, method: http.MethodGet, path: path, query: query}, limit)
-	return body, err
+	return r, nil
 }
 
 // post sends JSON, one try. confirm may be nil; its error stops the request so that the pod cannot have acted on it.
-func (e *endpoint) post(ctx context.Context, op, path string, body []byte, confirm func() error) ([]byte, error) {
-	_, answer, err := e.read(ctx, call{op: op, method: http.MethodPost, path: path, body: jsonBody(body, confirm)}, smallReply)
-	return answer, err
+func (e *endpoint) post(ctx context.Context, op, path string, body []byte, confirm func() error) error {
+	q := call{op: op, method: http.MethodPost, path: path, body: jsonBody(body, confirm), needsBody: path == "/queue"}
+	_, err := e.read(ctx, q, smallReply)
+	return err
 }
 
 // postOutcome is what is known of a prompt after its POST.
@@ -1258,21 +1303,21 @@ func (o postOutcome) String() string {
 func (e *endpoint) postPrompt(ctx context.Context, body []byte, confirm func() error) (wire.PromptReply, postOutcome, error) {
 	const op = "post prompt"
 	q := call{
-		op: op, method: http.MethodPost, path: "/prompt", body: jsonBody(body, confirm),
+		op: op, method: http.MethodPost, path: "/prompt", body: jsonBody(body, confirm), needsBody: true,
 		accept: func(status int) bool { return status == http.StatusConflict },
 	}
-	resp, answer, err := e.read(ctx, q, largeReply)
+	r, err := e.read(ctx, q, largeReply)
 	if err != nil {
 		return wire.PromptReply{}, outcomeOf(err), err
 	}
-	if resp.StatusCode == http.StatusConflict {
+	if r.status == http.StatusConflict {
 		return wire.PromptReply{}, postAccepted, nil
 	}
-	reply, err := wire.DecodePromptReply(answer)
+	accepted, err := wire.DecodePromptReply(r.body)
 	if err != nil {
-		return wire.PromptReply{}, postAmbiguous, e.malformed(op, resp, answer, err)
+		return wire.PromptReply{}, postAmbiguous, e.malformed(op, r, err)
 	}
-	return reply, postAccepted, nil
+	return accepted, postAccepted, nil
 }
 
 // outcomeOf reads what the error of a POST /prompt proves. Only a status that says that the request was not acted on is definite:
@@ -1300,20 +1345,21 @@ func outcomeOf(err error) postOutcome {
 // queue reads the queue and the size of the answer in bytes, one try.
 func (e *endpoint) queue(ctx context.Context, withGraphs bool) (running, pending []wire.QueueItem, size int, err error) {
 	const op = "queue"
-	resp, body, err := e.read(ctx, call{op: op, method: http.MethodGet, path: "/queue"}, largeReply)
+	r, err := e.read(ctx, call{op: op, method: http.MethodGet, path: "/queue"}, largeReply)
 	if err != nil {
 		return nil, nil, 0, err
 	}
-	if running, pending, err = wire.Queue(body, withGraphs); err != nil {
-		return nil, nil, 0, e.malformed(op, resp, body, err)
+	if running, pending, err = wire.Queue(r.body, withGraphs); err != nil {
+		return nil, nil, 0, e.malformed(op, r, err)
 	}
-	return running, pending, len(body), nil
+	e.health.answered()
+	return running, pending, len(r.body), nil
 }
 
 // queueRemaining counts the prompts that run and wait. It is the cheapest route of the pod. One try.
 func (e *endpoint) queueRemaining(ctx context.Context) (int, error) {
 	const op = "queue length"
-	resp, body, err := e.read(ctx, call{op: op, method: http.MethodGet, path: "/prompt"}, smallReply)
+	r, err := e.read(ctx, call{op: op, method: http.MethodGet, path: "/prompt"}, smallReply)
 	if err != nil {
 		return 0, err
 	}
@@ -1322,12 +1368,13 @@ func (e *endpoint) queueRemaining(ctx context.Context) (int, error) {
 			QueueRemaining *int `json:"queue_remaining"`
 		} `json:"exec_info"`
 	}
-	if err = json.Unmarshal(wire.Sanitize(body), &answer); err == nil && answer.ExecInfo.QueueRemaining == nil {
+	if err = json.Unmarshal(wire.Sanitize(r.body), &answer); err == nil && answer.ExecInfo.QueueRemaining == nil {
 		err = errors.New("no exec_info.queue_remaining in the answer")
 	}
 	if err != nil {
-		return 0, e.malformed(op, resp, body, err)
+		return 0, e.malformed(op, r, err)
 	}
+	e.health.answered()
 	return *answer.ExecInfo.QueueRemaining, nil
 }
 
@@ -1364,13 +1411,13 @@ func (e *endpoint) oldestHistory(ctx context.Context) (*wire.HistoryEntry, error
 
 func (e *endpoint) historyEntries(ctx context.Context, path string, query url.Values, withGraphs bool) ([]wire.HistoryEntry, error) {
 	const op = "history"
-	resp, body, err := e.read(ctx, call{op: op, method: http.MethodGet, path: path, query: query}, largeReply)
+	r, err := e.read(ctx, call{op: op, method: http.MethodGet, path: path, query: query}, largeReply)
 	if err != nil {
 		return nil, err
 	}
-	entries, err := wire.History(body, withGraphs)
+	entries, err := wire.History(r.body, withGraphs)
 	if err != nil {
-		return nil, e.malformed(op, resp, body, err)
+		return nil, e.malformed(op, r, err)
 	}
 	return entries, nil
 }
@@ -1382,19 +1429,19 @@ func (e *endpoint) apiJob(ctx context.Context, promptID string) (job *wire.Job, 
 		return nil, false, nil
 	}
 	q := call{op: op, method: http.MethodGet, path: "/api/jobs/" + url.PathEscape(promptID), accept: isNoRoute}
-	resp, body, err := e.read(ctx, q, largeReply)
+	r, err := e.read(ctx, q, largeReply)
 	if err != nil {
 		return nil, false, err
 	}
-	if isNoRoute(resp.StatusCode) {
-		if _, ok := wire.DecodeRefusal(body); ok && resp.StatusCode == http.StatusNotFound {
+	if isNoRoute(r.status) {
+		if _, ok := wire.DecodeRefusal(r.body); ok && r.status == http.StatusNotFound {
 			return nil, true, nil
 		}
-		return nil, false, e.missing(q, resp, body, &e.noJobsRoute)
+		return nil, false, e.missing(q, r, &e.noJobsRoute)
 	}
-	j, err := wire.DecodeJob(body)
+	j, err := wire.DecodeJob(r.body)
 	if err != nil {
-		return nil, true, e.malformed(op, resp, body, err)
+		return nil, true, e.malformed(op, r, err)
 	}
 	return &j, true, nil
 }
@@ -1408,20 +1455,20 @@ func (e *endpoint) cancelJob(ctx context.Context, promptID string, confirm func(
 	}
 	q := call{
 		op: op, method: http.MethodPost, path: "/api/jobs/" + url.PathEscape(promptID) + "/cancel", accept: isNoRoute,
-		body: jsonBody([]byte("{}"), confirm), // the route reads none; confirm needs one
+		body: jsonBody([]byte("{}"), confirm), // the route reads none
 	}
-	resp, body, err := e.read(ctx, q, smallReply)
+	r, err := e.read(ctx, q, smallReply)
 	if err != nil {
 		return false, false, err
 	}
-	if isNoRoute(resp.StatusCode) {
-		return false, false, e.missing(q, resp, body, &e.noCancel)
+	if isNoRoute(r.status) {
+		return false, false, e.missing(q, r, &e.noCancel)
 	}
 	var answer struct {
 		Cancelled bool `json:"cancelled"`
 	}
-	if err := json.Unmarshal(body, &answer); err != nil {
-		return true, false, e.malformed(op, resp, body, err)
+	if err := json.Unmarshal(r.body, &answer); err != nil {
+		return true, false, e.malformed(op, r, err)
 	}
 	return true, answer.Cancelled, nil
 }
@@ -1431,9 +1478,9 @@ func isNoRoute(status int) bool {
 }
 
 // missing remembers for a while that the pod lacks a route. A page is a proxy's: it says nothing of the pod.
-func (e *endpoint) missing(q call, resp *http.Response, body []byte, until *time.Time) error {
-	if isHTML(resp.Header, body) {
-		failed := classifyRefusal(resp.StatusCode, resp.Header, []byte(e.scrub(string(body), resp.Request.Header)))
+func (e *endpoint) missing(q call, r *reply, until *time.Time) error {
+	if isHTML(r.header, r.body) {
+		failed := classifyRefusal(r.status, r.header, []byte(e.scrub(string(r.body), r.sent)))
 		failed.Op, failed.Pod, failed.Category = q.op, e.opts.name, CategoryUnavailable
 		return failed
 	}
@@ -1456,8 +1503,7 @@ func (e *endpoint) interrupt(ctx context.Context, promptID string, confirm func(
 	if promptID != "" {
 		body = jsonOf(map[string]string{"prompt_id": promptID})
 	}
-	_, err := e.post(ctx, "interrupt", "/interrupt", body, confirm)
-	return err
+	return e.post(ctx, "interrupt", "/interrupt", body, confirm)
 }
 
 // interruptsByID tells whether the pod heeds the id of an interrupt: since 0.3.57.
@@ -1474,14 +1520,12 @@ func (e *endpoint) deleteQueued(ctx context.Context, confirm func() error, promp
 	if len(promptIDs) == 0 {
 		return nil
 	}
-	_, err := e.post(ctx, "delete queued", "/queue", jsonOf(map[string][]string{"delete": promptIDs}), confirm)
-	return err
+	return e.post(ctx, "delete queued", "/queue", jsonOf(map[string][]string{"delete": promptIDs}), confirm)
 }
 
 // freeMemory asks the pod to unload models and to drop caches, one try.
 func (e *endpoint) freeMemory(ctx context.Context, unload, free bool) error {
-	_, err := e.post(ctx, "free memory", "/free", jsonOf(map[string]bool{"unload_models": unload, "free_memory": free}), nil)
-	return err
+	return e.post(ctx, "free memory", "/free", jsonOf(map[string]bool{"unload_models": unload, "free_memory": free}), nil)
 }
 
 // jsonOf marshals what cannot fail: strings and booleans.
@@ -1495,14 +1539,15 @@ func jsonOf(v any) []byte {
 
 func (e *endpoint) systemStats(ctx context.Context) (wire.SystemStats, error) {
 	const op = "system stats"
-	resp, body, err := e.read(ctx, call{op: op, method: http.MethodGet, path: "/system_stats"}, smallReply)
+	r, err := e.read(ctx, call{op: op, method: http.MethodGet, path: "/system_stats"}, smallReply)
 	if err != nil {
 		return wire.SystemStats{}, err
 	}
-	stats, err := wire.DecodeSystemStats(body)
+	stats, err := wire.DecodeSystemStats(r.body)
 	if err != nil {
-		return wire.SystemStats{}, e.malformed(op, resp, body, err)
+		return wire.SystemStats{}, e.malformed(op, r, err)
 	}
+	e.health.answered()
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.known = stats.Version
@@ -1558,7 +1603,7 @@ func (e *endpoint) uploadLimit(ctx context.Context) int64 {
 	if limit != 0 {
 		return max(limit, 0)
 	}
-	resp, body, err := e.read(ctx, call{op: "features", method: http.MethodGet, path: "/features", accept: isNoRoute}, smallReply)
+	r, err := e.read(ctx, call{op: "features", method: http.MethodGet, path: "/features", accept: isNoRoute}, smallReply)
 	if err != nil {
 		return 0
 	}
@@ -1566,7 +1611,7 @@ func (e *endpoint) uploadLimit(ctx context.Context) int64 {
 	var features struct {
 		MaxUploadSize float64 `json:"max_upload_size"`
 	}
-	if !isNoRoute(resp.StatusCode) && json.Unmarshal(wire.Sanitize(body), &features) == nil &&
+	if !isNoRoute(r.status) && json.Unmarshal(wire.Sanitize(r.body), &features) == nil &&
 		features.MaxUploadSize >= 1 && features.MaxUploadSize < 1<<62 {
 		limit = int64(features.MaxUploadSize)
 	}
@@ -1681,7 +1726,7 @@ func (e *endpoint) upload(ctx context.Context, f *uploadFile) (FileRef, error) {
 	if err != nil {
 		return FileRef{}, &Error{Op: f.op, Pod: e.opts.name, Category: CategoryValidation, Err: err}
 	}
-	resp, answer, err := e.read(ctx, call{op: f.op, method: http.MethodPost, path: f.path, body: body}, smallReply)
+	r, err := e.read(ctx, call{op: f.op, method: http.MethodPost, path: f.path, body: body, needsBody: true}, smallReply)
 	_, _, _ = body.seal()
 	body.settled(ctx)
 	if err != nil {
@@ -1698,11 +1743,11 @@ func (e *endpoint) upload(ctx context.Context, f *uploadFile) (FileRef, error) {
 		Subfolder string `json:"subfolder"`
 		Type      string `json:"type"`
 	}
-	if err = json.Unmarshal(answer, &stored); err == nil && stored.Name == "" {
+	if err = json.Unmarshal(r.body, &stored); err == nil && stored.Name == "" {
 		err = errors.New("no name in the answer")
 	}
 	if err != nil {
-		return FileRef{}, e.malformed(f.op, resp, answer, err)
+		return FileRef{}, e.malformed(f.op, r, err)
 	}
 	return FileRef{Filename: stored.Name, Subfolder: stored.Subfolder, Type: stored.Type}, nil
 }

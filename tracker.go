@@ -21,8 +21,6 @@ const (
 	errands = 8
 	// writers bounds the store writes under way.
 	writers = 4
-	// frameBuffer is how many decoded frames wait for the tracker.
-	frameBuffer = 256
 	// streamLinger is how long the stream stays up after the last job, for the next one.
 	streamLinger = time.Minute
 	// maxStrays bounds the frames kept for prompts that are not known yet, while a POST has no answer.
@@ -31,8 +29,9 @@ const (
 	maxAdopted = 4
 )
 
-// tracker follows all jobs of a client. One goroutine, run, owns their state; the stream and the workers hand it what they
-// learn. It does no I/O itself and calls no function of the caller's.
+// tracker follows all jobs of a client. What it knows of them changes in one place at a time: whoever learns something, be it the
+// stream, a worker or the clock, tells it, and the tracker takes it in under its lock. It does no I/O there, waits for nothing and
+// calls no function of the caller's, so that nobody holds it up; and news need not cross to another goroutine to be taken in.
 type tracker struct {
 	client   *PodClient
 	opts     *options
@@ -41,21 +40,24 @@ type tracker struct {
 	retrier  *retrier
 	counters *counters
 	store    Store
+	inMemory bool   // it is a MemoryStore
 	owner    string // random: the identity behind leases
 
-	ctx     context.Context //nolint:containedctx // the life of the tracker's goroutines
+	ctx     context.Context
 	cancel  context.CancelCauseFunc
 	wg      sync.WaitGroup
 	stopped chan struct{} // closed when run has ended
-	mail    mailbox
-	frames  chan frame
+	sooner  chan struct{} // holds a token when something is due before what the clock was set for
 	prompts promptSet
 	hook    *callback // Hooks.Event; nil: none
 	gauges  gauges
 
 	posting, errand, writing *crew
 
-	// Below: owned by run.
+	// mu guards what is below, and the jobs.
+	mu       sync.Mutex
+	closed   bool
+	clock    time.Time // what run's timer is set for; zero: nothing
 	jobs     map[string]*tracked
 	byPrompt map[string]*tracked
 	wakes    wakeHeap
@@ -67,6 +69,7 @@ type tracker struct {
 	current  map[*stream]string // the prompt that a stream's frames last named
 	pod      podView
 	due      dues
+	news     []Event // of the observation that is being taken in: kept for its room
 }
 
 // gauges are what Stats reads of the tracker's state.
@@ -87,6 +90,7 @@ type podView struct {
 	silentSince  time.Time // the first failure since then; zero: none
 	incarnation  int       // raised by every restart that is proven
 	highest      float64   // the highest number that the pod's own counter gave
+	highestAt    time.Time // when that was learned
 	oldest       string    // its oldest history entry, when last seen
 	ended        string    // the newest history entry that was read
 	movedAt      time.Time // when its queue last changed
@@ -94,10 +98,11 @@ type podView struct {
 	remaining    int           // of the last status frame; -1: not known
 	cost         time.Duration // of the last look
 	queueBytes   int
-	failures     int // looks that failed in a row
-	poison       error
+	failures     int   // looks that failed in a row
+	poison       error // a CUDA fault of one of our jobs since the last restart
 	poisonedAt   time.Time
-	fingerprints bool // a fingerprint is wanted with the next look
+	stalledAt    time.Time // when a job was given up because nothing moved; zero once anything has run since
+	fingerprints bool      // a fingerprint is wanted with the next look
 }
 
 // queueShape tells one state of the pod's queue from another.
@@ -118,10 +123,10 @@ func newTracker(c *PodClient) *tracker {
 	t := &tracker{
 		client: c, opts: c.opts, timing: c.opts.timing, endpoint: c.endpoint, retrier: c.retrier, counters: c.counters,
 		store: c.opts.store, owner: uuid.NewString(), ctx: ctx, cancel: cancel, stopped: make(chan struct{}),
-		frames: make(chan frame, frameBuffer), jobs: map[string]*tracked{}, byPrompt: map[string]*tracked{},
+		sooner: make(chan struct{}, 1), jobs: map[string]*tracked{}, byPrompt: map[string]*tracked{},
 		adopted: map[string]*stream{}, current: map[*stream]string{},
 	}
-	t.mail.wake = make(chan struct{}, 1)
+	_, t.inMemory = t.store.(*MemoryStore)
 	t.prompts.ids = map[string]struct{}{}
 	t.posting, t.errand, t.writing = &crew{t: t, limit: posters}, &crew{t: t, limit: errands}, &crew{t: t, limit: writers}
 	t.pod = podView{stream: StreamIdle, remaining: -1, highest: math.Inf(-1)}
@@ -136,6 +141,7 @@ func newTracker(c *PodClient) *tracker {
 // start begins the tracker's goroutines; stop ends them.
 func (t *tracker) start() {
 	t.wg.Go(func() { t.stream.run(t.ctx) })
+	t.wg.Go(func() { t.client.watchHealth(t.ctx) })
 	go t.run()
 }
 
@@ -147,109 +153,56 @@ func (t *tracker) stop() {
 	t.leave()
 }
 
-// run owns the jobs until the tracker is stopped.
+// run is the clock: it does what is due until the tracker is stopped.
 func (t *tracker) run() {
 	defer close(t.stopped)
 	timer := time.NewTimer(time.Hour)
 	defer timer.Stop()
-	var set time.Time
 	for {
-		if next := t.nextWake(); !next.Equal(set) {
-			set = next
-			if next.IsZero() {
-				timer.Stop()
-			} else {
-				timer.Reset(max(0, time.Until(next)))
-			}
-		}
 		select {
 		case <-t.ctx.Done():
+			t.mu.Lock()
 			t.abandon()
+			t.mu.Unlock()
 			return
-		case <-t.mail.wake:
-		case f := <-t.frames:
-			t.frame(f)
-			t.moreFrames()
 		case <-timer.C:
-			set = time.Time{}
+			t.mu.Lock()
+			t.wake(time.Now())
+			t.mu.Unlock()
+		case <-t.sooner:
 		}
-		for _, letter := range t.mail.take() {
-			letter()
-		}
-		t.wake(time.Now())
-	}
-}
-
-// moreFrames takes what else has come without going through select each time.
-func (t *tracker) moreFrames() {
-	for range frameBuffer {
-		select {
-		case f := <-t.frames:
-			t.frame(f)
-		default:
-			return
+		t.mu.Lock()
+		t.clock = t.nextWake()
+		next := t.clock
+		t.mu.Unlock()
+		if next.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(max(0, time.Until(next)))
 		}
 	}
 }
 
-// tell runs f on the tracker's goroutine, later; false: the tracker has stopped.
-func (t *tracker) tell(f func()) bool { return t.mail.put(f) }
-
-// ask runs f on the tracker's goroutine and waits for it. It returns false if the tracker has stopped.
-func (t *tracker) ask(f func()) bool {
-	done := make(chan struct{})
-	t.tell(func() { f(); close(done) })
-	select {
-	case <-done:
-		return true
-	case <-t.stopped:
-		select {
-		case <-done:
-			return true
-		default:
-			return false
-		}
-	}
-}
-
-// mailbox holds what the tracker is to do. It is not bounded, since each letter belongs to a worker, a call or a stream, and
-// those are: nobody ever waits to put one in.
-type mailbox struct {
-	wake chan struct{}
-
-	mu      sync.Mutex
-	letters []func()
-	closed  bool
-}
-
-func (m *mailbox) put(f func()) bool {
-	m.mu.Lock()
-	if m.closed {
-		m.mu.Unlock()
+// tell has the tracker take something in; false: it has stopped. f must not wait for anything.
+func (t *tracker) tell(f func()) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed {
 		return false
 	}
-	m.letters = append(m.letters, f)
-	m.mu.Unlock()
-	signal(m.wake)
+	f()
+	t.setClock()
 	return true
 }
 
-func (m *mailbox) take() []func() {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	letters := m.letters
-	m.letters = nil
-	return letters
+// setClock wakes run when something is due before what its timer is set for.
+func (t *tracker) setClock() {
+	if next := t.nextWake(); !next.IsZero() && (t.clock.IsZero() || next.Before(t.clock)) {
+		signal(t.sooner)
+	}
 }
 
-func (m *mailbox) close() []func() {
-	m.mu.Lock()
-	m.closed = true
-	m.mu.Unlock()
-	return m.take()
-}
-
-// crew runs work on a bounded number of goroutines, first come, first served. What the work returns is run by the tracker.
+// crew runs work on a bounded number of goroutines, first come, first served. What the work returns is told to the tracker.
 type crew struct {
 	t     *tracker
 	limit int
@@ -337,6 +290,7 @@ type tracked struct {
 	absent  absentState
 	follow  followState
 
+	claimedAt   time.Time // when this client became its driver
 	acceptedAt  time.Time // on the local clock
 	seenAt      time.Time // when the pod was last known to have the attempt
 	movedAt     time.Time // when the attempt last moved
@@ -372,7 +326,6 @@ type settleState struct {
 	busy   bool
 	at, by time.Time
 	tries  int
-	failed bool // the last read was not answered
 }
 
 type absentState struct {
@@ -454,7 +407,7 @@ type admission struct {
 	fresh     bool // its id was made just now: no POST can have been made for it
 	reopened  bool // to be run again after its end
 	confirmed time.Time
-	ctx       context.Context //nolint:containedctx // of CancelWithContext
+	ctx       context.Context
 }
 
 // admit takes a job in, or finds it among those that are followed already.
@@ -472,7 +425,10 @@ func (t *tracker) admit(a admission) *Job {
 	} else {
 		j.rec = *a.rec
 	}
-	j.first = j.rec.Attempt
+	j.first = 1
+	if a.reopened {
+		j.first = j.rec.Attempt
+	}
 	j.inputs, j.number, j.secrets = a.opts.inputs, a.opts.number, secretsOf(a.opts.extraData)
 	j.movedAt, j.seenAt = now, now
 	t.listenIn(j, a)
@@ -487,7 +443,7 @@ func (t *tracker) admit(a admission) *Job {
 func (t *tracker) drive(j *tracked, a admission, now time.Time) {
 	j.lease = &lease{t: t, jobID: j.rec.JobID, at: a.confirmed}
 	t.gauges.owned.Add(1)
-	j.look = !a.fresh
+	j.look, j.claimedAt = !a.fresh, a.confirmed
 	j.write.attempt = j.rec.Attempt
 	if a.reopened { // the store has only the former end yet
 		j.write.attempt = 0
@@ -497,9 +453,16 @@ func (t *tracker) drive(j *tracked, a admission, now time.Time) {
 		t.wantCancel(j, now)
 	}
 	j.posting.streamBy = now.Add(t.timing.StreamWait)
-	if j.rec.Accepted {
+	switch {
+	case j.rec.Accepted:
 		t.onPod(j, now)
+		if !j.rec.AttemptAt.IsZero() {
+			j.acceptedAt = j.rec.AttemptAt // as near as the record tells: Limits count from there
+		}
 		t.lookBy(now)
+	case j.number == nil && j.rec.Number != 0: // the caller's, which the record keeps until the pod has taken the attempt
+		number := j.rec.Number
+		j.number = &number
 	}
 	t.register(j)
 	t.due.linger = time.Time{}
@@ -555,9 +518,13 @@ func (t *tracker) offPod(j *tracked) {
 
 // observe takes an observation in and spreads its news. It reports whether there was any.
 func (t *tracker) observe(j *tracked, o observation, now time.Time) bool {
-	wasAccepted := j.rec.Accepted
-	var room [2]Event
-	evs := j.apply(o, now, room[:0])
+	wasAccepted, wasStarted := j.rec.Accepted, j.rec.Started
+	t.news = j.apply(o, now, t.news[:0])
+	evs := t.news
+	defer clear(evs)
+	if j.rec.Started && !wasStarted {
+		t.pod.stalledAt = time.Time{}
+	}
 	if j.rec.Accepted && !wasAccepted {
 		t.onPod(j, now)
 		j.handle.accept()
@@ -644,6 +611,9 @@ func (t *tracker) keepLimits(j *tracked, now time.Time) {
 	name, over, next := j.overLimit(now, t)
 	if !next.IsZero() {
 		j.at(next)
+	}
+	if name == "Stall" {
+		t.pod.stalledAt = now
 	}
 	if name == "" {
 		if j.rec.Accepted && t.gone(now) {
@@ -789,8 +759,10 @@ func (t *tracker) retryOrFail(j *tracked, err *Error, now time.Time) {
 func (t *tracker) nextAttempt(j *tracked, err *Error, at, now time.Time) {
 	t.leaveAttempt(j)
 	t.observe(j, obsRetry{promptID: promptID(j.rec.JobID, j.rec.WorkflowHash, j.rec.Attempt+1), at: at, err: err}, now)
-	j.rec.AttemptAt = at
-	j.rec.ClientID = t.opts.clientID
+	j.rec.AttemptAt, j.rec.ClientID = at, t.opts.clientID
+	if j.number != nil {
+		j.rec.Number = *j.number
+	}
 	j.write.dirty, j.write.urgent = true, true
 	j.look = false
 	t.register(j)
@@ -926,10 +898,12 @@ func (t *tracker) follows(promptID []byte) bool {
 	return t.prompts.open.Load() > 0 || t.prompts.has(promptID)
 }
 
-func (t *tracker) frameIn(ctx context.Context, f frame) {
-	select {
-	case t.frames <- f:
-	case <-ctx.Done():
+func (t *tracker) frameIn(f *frame) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if !t.closed {
+		t.frame(f)
+		t.setClock()
 	}
 }
 
@@ -939,7 +913,7 @@ func (t *tracker) streamIn(s *stream, state StreamState, err error) {
 
 // frame takes one frame in. A frame that names no prompt is about nobody, but for what only a running node can send: that
 // belongs to the prompt that this stream last named.
-func (t *tracker) frame(f frame) {
+func (t *tracker) frame(f *frame) {
 	now := time.Now()
 	t.contact(now)
 	switch {
@@ -1029,7 +1003,8 @@ func (t *tracker) statusFrame(remaining int, now time.Time) {
 	}
 	open := 0
 	for _, j := range t.jobs {
-		if j.rec.Accepted && j.attempt.ended == nil && !j.concluded {
+		// A frame can be older than the answer to a POST that was faster.
+		if j.rec.Accepted && j.attempt.ended == nil && !j.concluded && now.Sub(j.acceptedAt) > deafAfter {
 			open++
 		}
 	}
@@ -1100,10 +1075,10 @@ func (t *tracker) streamChanged(s *stream, state StreamState, err error) {
 	}
 }
 
-// suspectDeaf starts the clock for a stream that should have told what a look found.
-func (t *tracker) suspectDeaf(now time.Time) {
-	if t.pod.stream == StreamUp && t.due.deaf.IsZero() && now.Sub(t.pod.upSince) > 0 {
-		t.due.deaf, t.due.deafCount = now.Add(deafAfter), t.stream.heard.Load()
+// suspectDeaf starts the clock for a stream that should have brought a frame since some moment: heard is the count of then.
+func (t *tracker) suspectDeaf(since time.Time, heard int64, now time.Time) {
+	if t.pod.stream == StreamUp && t.due.deaf.IsZero() && since.After(t.pod.upSince) && t.stream.heard.Load() == heard {
+		t.due.deaf, t.due.deafCount = now.Add(deafAfter), heard
 	}
 }
 
@@ -1215,7 +1190,7 @@ func (t *tracker) look(now time.Time) {
 	t.due.looking = true
 	r := &reconciler{
 		endpoint: t.endpoint, started: now, wanted: wanted, fingerprint: t.pod.fingerprints, oldest: t.pod.oldest, ended: t.pod.ended,
-		heavy: t.pod.queueBytes > heavyQueue,
+		heavy: t.pod.queueBytes > heavyQueue, heard: t.stream.heard.Load(),
 	}
 	t.errand.do(func(ctx context.Context) func() {
 		r.run(ctx)
@@ -1268,7 +1243,7 @@ func (t *tracker) tookLook(r *reconciler, now time.Time) {
 func (t *tracker) restarted() {
 	t.pod.incarnation++
 	t.pod.highest, t.pod.oldest, t.pod.ended = math.Inf(-1), "", ""
-	t.pod.poison, t.pod.poisonedAt = nil, time.Time{}
+	t.pod.poison, t.pod.poisonedAt, t.pod.stalledAt = nil, time.Time{}, time.Time{}
 	t.endpoint.forgetVersion()
 	t.opts.logger.Warn("comfyui: the pod has restarted", "pod", t.opts.name)
 }
@@ -1290,14 +1265,14 @@ func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
 		t.onSight(j, now)
 		wasRunning := j.rec.Started
 		if t.observe(j, obsRunning{at.number}, now) && !wasRunning && heardOf {
-			t.suspectDeaf(now)
+			t.suspectDeaf(r.started, r.heard, now)
 		}
 	case placePending:
 		t.onSight(j, now)
 		t.observe(j, obsQueued{at.number, at.ahead}, now)
 	case placeHistory:
 		if j.attempt.ended == nil && heardOf {
-			t.suspectDeaf(now)
+			t.suspectDeaf(r.started, r.heard, now)
 		}
 		t.historyRead(j, at.entry, now)
 	case placeAbsent:
@@ -1484,8 +1459,13 @@ func (t *tracker) writeDue(j *tracked, now time.Time) {
 	}
 	w.dirty, w.urgent, w.busy = false, false, true
 	j.rec.Rev++
-	rec := j.rec.Clone()
 	t.gauges.unwritten.Add(1)
+	if t.inMemory { // takes a lock, copies, and that is all: no reason to go through a worker
+		stored, err := t.writeRecord(t.ctx, &j.rec)
+		t.wrote(j, &j.rec, stored, err)
+		return
+	}
+	rec := j.rec.Clone()
 	t.writing.do(func(ctx context.Context) func() {
 		stored, err := t.writeRecord(ctx, rec)
 		return func() { t.wrote(j, rec, stored, err) }
@@ -1544,7 +1524,7 @@ func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
 		j.write.failures = 0
 		j.write.attempt = max(j.write.attempt, rec.Attempt)
 		j.rec.Epoch, j.rec.Rev = rec.Epoch, max(j.rec.Rev, rec.Rev)
-		if stored.CancelRequested && !j.rec.CancelRequested {
+		if stored.CancelRequested && !j.rec.CancelRequested && !j.cancel.refused {
 			j.rec.CancelRequested = true
 			t.wantCancel(j, now)
 		}
@@ -1642,7 +1622,7 @@ func (t *tracker) lostLease(j *tracked) {
 
 // readIntent looks whether somebody has asked for a cancel; nothing else may be written for a while that would tell.
 func (t *tracker) readIntent(j *tracked) {
-	if j.rec.CancelRequested {
+	if j.rec.CancelRequested || j.cancel.refused {
 		return
 	}
 	id := j.rec.JobID
@@ -1846,9 +1826,7 @@ func (t *tracker) wake(now time.Time) {
 
 // abandon ends every handle; the jobs go on on the pod.
 func (t *tracker) abandon() {
-	for _, letter := range t.mail.close() {
-		letter()
-	}
+	t.closed = true
 	for _, j := range t.jobs {
 		j.stopPosting()
 		if j.stop != nil {

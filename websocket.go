@@ -36,9 +36,9 @@ var announceFeatures = []byte(`{"type":"feature_flags","data":{"supports_preview
 type streamSink interface {
 	// follows tells whether frames of a prompt are wanted. It is called for every frame.
 	follows(promptID []byte) bool
-	// frameIn hands over a frame. It returns at once or when ctx ends.
-	frameIn(ctx context.Context, f frame)
-	// streamIn tells that s is in another state. Frames that were handed over before can still be on their way.
+	// frameIn hands over a frame, which may be overwritten afterwards.
+	frameIn(f *frame)
+	// streamIn tells that s is in another state.
 	streamIn(s *stream, state StreamState, err error)
 }
 
@@ -73,6 +73,7 @@ type stream struct {
 	heard  atomic.Int64  // frames since the process began that only a hearing socket gets
 	decode *wire.Decoder
 	buf    []byte
+	frame  frame // the one that is being handed over
 }
 
 func newStream(clientID string, e *endpoint, o *options, c *counters, sink streamSink) *stream {
@@ -214,7 +215,7 @@ func (s *stream) serve(ctx context.Context, conn *websocket.Conn) error {
 		defer close(tended)
 		l.tend(ctx)
 	}()
-	err := l.listen(ctx)
+	err := l.listen()
 	close(l.over)
 	<-tended
 	_ = conn.Close()
@@ -278,7 +279,7 @@ func (l *listening) alive() {
 }
 
 // listen hands frames over until the connection fails.
-func (l *listening) listen(ctx context.Context) error {
+func (l *listening) listen() error {
 	_ = l.conn.SetReadDeadline(time.Now().Add(l.timing.Connect)) // for the greeting
 	l.conn.SetPongHandler(func(string) error { l.alive(); return nil })
 	if err := l.conn.WriteMessage(websocket.TextMessage, announceFeatures); err != nil {
@@ -298,9 +299,9 @@ func (l *listening) listen(ctx context.Context) error {
 			l.sink.streamIn(l.stream, StreamUp, nil)
 		}
 		if kind == websocket.TextMessage {
-			err = l.textFrame(ctx, r)
+			err = l.textFrame(r)
 		} else {
-			err = l.binaryFrame(ctx, r)
+			err = l.binaryFrame(r)
 		}
 		if err != nil {
 			return l.failed(err)
@@ -315,7 +316,7 @@ func (s *stream) failed(err error) error {
 }
 
 // textFrame reads one text frame and hands it over if it is wanted. Only a failed read is an error.
-func (s *stream) textFrame(ctx context.Context, r io.Reader) error {
+func (s *stream) textFrame(r io.Reader) error {
 	data, whole, err := s.read(r, maxTextFrame)
 	if err != nil {
 		return err
@@ -339,7 +340,8 @@ func (s *stream) textFrame(ctx context.Context, r io.Reader) error {
 	if msg.SID == "" { // the greeting is outside the pod's queue of messages: a deaf socket gets it too
 		s.hears(kind, true)
 	}
-	s.sink.frameIn(ctx, frame{from: s, msg: msg})
+	s.frame = frame{from: s, msg: msg}
+	s.sink.frameIn(&s.frame)
 	return nil
 }
 
@@ -351,7 +353,7 @@ func (s *stream) hears(kind wire.Type, ok bool) {
 }
 
 // binaryFrame reads a preview that somebody wants, or a node's words; the rest is left for NextReader to drain.
-func (s *stream) binaryFrame(ctx context.Context, r io.Reader) error {
+func (s *stream) binaryFrame(r io.Reader) error {
 	head, _, err := s.read(r, 8)
 	if err != nil {
 		return err
@@ -391,7 +393,7 @@ func (s *stream) binaryFrame(ctx context.Context, r io.Reader) error {
 		}
 		f.preview = &previewFrame{promptID: b.PromptID, Preview: Preview{Node: node, ContentType: b.ContentType, Data: image}}
 	}
-	s.sink.frameIn(ctx, f)
+	s.sink.frameIn(&f)
 	return nil
 }
 
@@ -418,7 +420,7 @@ func (s *stream) readMore(r io.Reader, n, limit int) (data []byte, whole bool, e
 		}
 		m, err := r.Read(buf[n:min(len(buf), limit)])
 		n += m
-		if err == io.EOF { //nolint:errorlint // a frame's reader gives exactly this at its end
+		if err == io.EOF {
 			s.buf = buf
 			return buf[:n], true, nil
 		}

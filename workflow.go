@@ -371,18 +371,18 @@ func (w *Workflow) UnmarshalJSON(data []byte) error {
 // This version cannot convert yet: for a UI-format workflow it returns an Error of CategoryValidation that says how to save it
 // in API format.
 func (c *PodClient) Convert(ctx context.Context, w *Workflow) (*Workflow, error) {
-	fail := func(category Category, err error) (*Workflow, error) {
-		return nil, &Error{Op: "convert", Pod: c.Name(), Category: category, Err: err}
+	const op = "convert"
+	if err := c.usable(op); err != nil {
+		return nil, err
+	}
+	if ctx.Err() != nil {
+		return nil, &Error{Op: op, Pod: c.Name(), Category: CategoryContext, Err: endOf(ctx)}
 	}
 	switch {
-	case c == nil || c.opts == nil:
-		return fail(CategoryClosed, ErrClosed)
-	case ctx.Err() != nil:
-		return fail(CategoryContext, context.Cause(ctx))
 	case w == nil:
-		return fail(CategoryValidation, w.check())
+		return nil, &Error{Op: op, Pod: c.Name(), Category: CategoryValidation, Err: w.check()}
 	case w.isUI():
-		return fail(CategoryValidation, uiFormatError())
+		return nil, &Error{Op: op, Pod: c.Name(), Category: CategoryValidation, Err: uiFormatError()}
 	}
 	return w, nil
 }
@@ -442,7 +442,11 @@ func (w *Workflow) canonical() []byte {
 		return rawjson.AppendCanonical(nil, w.ui)
 	}
 	nodes := slices.SortedFunc(slices.Values(w.nodes), byID)
-	out := []byte{'{'}
+	size := 2
+	for _, n := range nodes {
+		size += len(n.id) + len(n.raw) + 4
+	}
+	out := append(make([]byte, 0, size), '{')
 	for i, n := range nodes {
 		if i > 0 {
 			out = append(out, ',')

@@ -12,7 +12,6 @@ import (
 	"math/big"
 	"math/rand/v2"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
@@ -414,13 +413,7 @@ func TestCheck(t *testing.T) {
 // S10: a UI-format graph passed by mistake gives a clear error before any request.
 func TestS10UIFormatIsRefusedBeforeAnyRequest(t *testing.T) {
 	t.Parallel()
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		t.Error("a request:", r.Method, r.URL)
-	}))
-	t.Cleanup(server.Close)
-	o, err := newOptions(server.URL, nil)
-	require.NoError(t, err)
-	c := &PodClient{opts: o}
+	c := serve(t, func(_ http.ResponseWriter, r *http.Request) { t.Error("a request:", r.Method, r.URL) })
 
 	w := parsed(t, `{"nodes":[{"id":1,"type":"SaveImage"}],"links":[],"version":0.4}`)
 	for range w.Nodes() {
@@ -586,4 +579,29 @@ func pngChunk(kind, data string) string {
 	out := binary.BigEndian.AppendUint32(nil, uint32(len(data)))
 	out = append(out, kind+data...)
 	return string(binary.BigEndian.AppendUint32(out, crc32.ChecksumIEEE(out[4:])))
+}
+
+// A job takes a snapshot and a hash of its workflow, and a recovered one parses it.
+func BenchmarkWorkflow(b *testing.B) {
+	data, err := os.ReadFile("internal/media/testdata/subgraph.png")
+	require.NoError(b, err)
+	w := parsed(b, string(data))
+	text, err := w.MarshalJSON()
+	require.NoError(b, err)
+	b.Run("hash", func(b *testing.B) {
+		b.ReportAllocs()
+		b.SetBytes(int64(len(text)))
+		for b.Loop() {
+			w.Clone().hash()
+		}
+	})
+	b.Run("parse", func(b *testing.B) {
+		b.ReportAllocs()
+		b.SetBytes(int64(len(text)))
+		for b.Loop() {
+			if err := new(Workflow).UnmarshalJSON(text); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
 }

@@ -523,8 +523,10 @@ func readPictures(files *fileStore, name string) ([]image.Image, *NodeError) {
 	if err != nil {
 		return nil, unreadable
 	}
-	if _, failure := newImageBatchSize(header.Width, header.Height); failure != nil {
-		return nil, failure
+	if header.Width < 1 || header.Height < 1 || header.Width > maxImageFloats/channels/header.Height {
+		return nil, &NodeError{"PIL.Image.DecompressionBombError", fmt.Sprintf(
+			"Image size (%d x %d pixels) exceeds limit of %d pixels, could be decompression bomb DOS attack.",
+			header.Width, header.Height, maxImageFloats/channels)}
 	}
 	if format == "gif" {
 		return gifFrames(found.data, unreadable)
@@ -533,15 +535,10 @@ func readPictures(files *fileStore, name string) ([]image.Image, *NodeError) {
 	if err != nil {
 		return nil, unreadable
 	}
-	return []image.Image{picture}, nil
-}
-
-func newImageBatchSize(width, height int) (int, *NodeError) {
-	if width < 1 || height < 1 || width > maxImageFloats/channels/height {
-		return 0, &NodeError{"PIL.Image.DecompressionBombError", fmt.Sprintf(
-			"Image size (%d pixels) exceeds limit of %d pixels, could be decompression bomb DOS attack.", width*height, maxImageFloats/channels)}
+	if orientation := exifOrientation(found.data); format == "jpeg" && orientation != upright {
+		picture = turned{picture, orientation}
 	}
-	return width * height, nil
+	return []image.Image{picture}, nil
 }
 
 // gifFrames draws each frame onto what the ones before it left.

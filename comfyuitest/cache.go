@@ -8,7 +8,7 @@ import (
 	"strings"
 )
 
-// outputCache holds what nodes gave, by the signature of a node and all that is before it. Until 0.3.76 a job's start drops
+// outputCache holds what nodes gave, by the signature of a node and all that is before it. Before 0.23.0 a job's start drops
 // whatever its graph does not use; since then entries stay as long as memory lasts.
 type outputCache struct {
 	keepsAll   bool
@@ -46,7 +46,7 @@ type nodeUI struct{ meta, output object }
 const maxKeptEntries = 4096
 
 func newOutputCache(v version) *outputCache {
-	return &outputCache{keepsAll: v.atLeast(0, 3, 76), top: newCacheLevel()}
+	return &outputCache{keepsAll: v.atLeast(0, 23, 0), top: newCacheLevel()}
 }
 
 func newCacheLevel() *cacheLevel {
@@ -78,7 +78,14 @@ func (c *outputCache) begin(dyn *dynamicPrompt, sign func(id string) string) {
 // expand takes the nodes of an expansion of parent.
 func (c *outputCache) expand(dyn *dynamicPrompt, parent string, children []string, sign func(id string) string) {
 	level := c.top
-	if !c.keepsAll {
+	if c.keepsAll {
+		// A level here holds nothing, but its ids show in current_outputs of the next job with such a node.
+		remembered := newCacheLevel()
+		for _, id := range children {
+			remembered.keys[id] = ""
+		}
+		c.top.levels[levelKey(dyn, parent)] = remembered
+	} else {
 		outer := c.levelOf(dyn, parent)
 		key := levelKey(dyn, parent)
 		if level = outer.levels[key]; level == nil {

@@ -41,9 +41,8 @@ type Node struct {
 func Steps(n int, each time.Duration) Node {
 	return Node{Output: true, Run: func(_ context.Context, c *Call) error {
 		for step := range n {
-			c.run.process.sleep(each)
-			if err := c.life.Err(); err != nil {
-				return err
+			if !wait(c.life, each) {
+				return c.life.Err()
 			}
 			c.Progress(float64(step+1), float64(n))
 		}
@@ -212,8 +211,7 @@ func (c *Call) Text(text string) { c.sendText(c.run.client, text) }
 func (c *Call) sendText(to client, text string) {
 	if c.alive() {
 		length := [4]byte{0, 0, byte(len(c.NodeID) >> 8), byte(len(c.NodeID))}
-		f := binaryFrame(3, length[:], []byte(c.NodeID), []byte(text))
-		c.run.process.hub.enqueue(envelope{frame: f, sid: to.sid, everyone: !to.known})
+		c.run.process.hub.send(to, binaryFrame(3, length[:], []byte(c.NodeID), []byte(text)))
 	}
 }
 
@@ -285,6 +283,7 @@ type previewImage struct {
 
 // tick is the hook behind the server's progress bars.
 func (c *Call) tick(value, limit float64, image *previewImage) {
+	c.run.pace(paceTick, c.NodeID, number(value))
 	c.mu.Lock()
 	if c.over || c.life.Err() != nil {
 		c.mu.Unlock()
@@ -301,7 +300,7 @@ func (c *Call) tick(value, limit float64, image *previewImage) {
 		runtime.Goexit()
 	}
 	defer c.mu.Unlock()
-	c.run.reportTick(c.NodeID, number(value), number(limit), image)
+	c.run.reportTick(c.NodeID, number(c.bar.value), number(limit), image)
 }
 
 // due notes a step and tells whether it is reported.

@@ -74,7 +74,7 @@ func send(p *Pod, method, path, body string, header http.Header) (reply, error) 
 	if err != nil {
 		return reply{}, err
 	}
-	defer resp.Body.Close()
+	defer func() { _ = resp.Body.Close() }()
 	data, err := io.ReadAll(resp.Body)
 	return reply{resp.StatusCode, resp.Header, data}, err
 }
@@ -167,7 +167,7 @@ func tryDial(tb testing.TB, p *Pod, clientID string) (*socket, error) {
 	if clientID != "" {
 		path += "?clientId=" + clientID
 	}
-	conn, resp, err := dialer.DialContext(context.Background(), strings.Replace(p.URL(), "http", "ws", 1)+path, nil)
+	conn, resp, err := dialer.DialContext(context.Background(), strings.Replace(p.URL(), "http", "ws", 1)+path, nil) //nolint:bodyclose // an upgrade has none
 	if err != nil {
 		if resp != nil {
 			err = fmt.Errorf("%w: status %d", err, resp.StatusCode)

@@ -155,9 +155,10 @@ func (p *Pod) act(f Fault, next http.Handler, w http.ResponseWriter, r *http.Req
 		hang(r)
 		resetRequest(w)
 	case Slow:
-		if wait(r.Context(), f.Delay) {
-			next.ServeHTTP(w, r)
+		if !wait(r.Context(), f.Delay) {
+			panic(http.ErrAbortHandler)
 		}
+		next.ServeHTTP(w, r)
 	case Truncate:
 		truncate(next, w, r)
 	}
@@ -182,11 +183,15 @@ func (p *Pod) answerBefore(f Fault, next http.Handler, w http.ResponseWriter, r 
 		resetRequest(w)
 		return
 	}
-	later := r.Clone(context.WithoutCancel(r.Context()))
+	later := r.Clone(context.WithValue(p.life, processKey{}, (*process)(nil)))
 	later.Body = io.NopCloser(bytes.NewReader(body))
 	p.tasks.start(func() {
 		if wait(p.life, f.Delay) {
-			defer func() { _ = recover() }() // http.ErrAbortHandler, if the process has ended
+			defer func() {
+				if cause := recover(); cause != nil && cause != http.ErrAbortHandler { //nolint:errorlint // as net/http compares it
+					panic(cause)
+				}
+			}()
 			next.ServeHTTP(newRecorder(), later)
 		}
 	})

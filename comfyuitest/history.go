@@ -17,6 +17,7 @@ type historyEntry struct {
 	meta     object
 	status   string // success or error
 	messages []message
+	shown    encoded // the entry as GET /history has it
 }
 
 // message is one of the events that the history keeps.
@@ -71,15 +72,14 @@ func (h *history) page(maxItems *int, offset int) []string {
 	return ids
 }
 
-func (e *historyEntry) json() object {
-	it := *e.item
-	it.extra = e.extra
-	return object{
-		{"prompt", it.tuple()},
+// encode makes the entry's JSON, which no request changes any more.
+func (e *historyEntry) encode() encoded {
+	return pyJSON(object{
+		{"prompt", e.item.tuple(e.extra)},
 		{"outputs", e.outputs},
 		{"status", e.statusJSON()},
 		{"meta", e.meta},
-	}
+	})
 }
 
 func (e *historyEntry) statusJSON() object {
@@ -96,7 +96,7 @@ func (q *queue) historyPage(maxItems *int, offset int) object {
 	defer q.mu.Unlock()
 	page := object{}
 	for _, id := range q.history.page(maxItems, offset) {
-		page = append(page, field{id, q.history.entries[id].json()})
+		page = append(page, field{id, q.history.entries[id].shown})
 	}
 	return page
 }

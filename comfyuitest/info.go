@@ -39,7 +39,7 @@ func addInfoRoutes(t *routeTable, v version) {
 // features is what the server announces, over HTTP and on the socket.
 func (p *process) features() object {
 	f := object{{"supports_preview_metadata", true}}
-	if p.version.atLeast(0, 33, 0) {
+	if p.version.atLeast(0, 28, 0) {
 		f = append(f, field{"supports_model_type_tags", true})
 	}
 	// The limit is a number of megabytes times a million: whole for the default, a float as soon as the flag is given.
@@ -48,13 +48,13 @@ func (p *process) features() object {
 		limit = float64(p.pod.config.maxUpload)
 	}
 	f = append(f, field{"max_upload_size", limit})
-	if p.version.atLeast(0, 5, 0) {
+	if p.version.atLeast(0, 4, 0) {
 		f = append(f, field{"extension", object{{"manager", object{{"supports_v4", true}}}}})
 	}
 	if p.version.atLeast(0, 14, 0) {
 		f = append(f, field{"node_replacements", true})
 	}
-	if p.version.atLeast(0, 16, 0) {
+	if p.version.atLeast(0, 17, 0) {
 		f = append(f, field{"assets", false})
 	}
 	return f
@@ -67,14 +67,14 @@ const (
 
 func (p *process) getSystemStats(*request) *answer {
 	system := object{{"os", "posix"}}
-	if p.version.atLeast(0, 3, 76) {
+	if p.version.atLeast(0, 4, 0) {
 		system[0].value = "linux"
 	}
 	system = append(system,
 		field{"ram_total", podMemory}, field{"ram_free", podMemoryFree}, field{"comfyui_version", p.version.String()},
 		field{"required_frontend_version", "1.45.20"}, field{"installed_templates_version", nil},
 		field{"required_templates_version", "0.11.1"})
-	if p.version.atLeast(0, 19, 0) {
+	if p.version.atLeast(0, 22, 0) {
 		system = append(system, field{"comfy_package_versions", []any{
 			object{{"name", "comfyui-frontend-package"}, {"installed", "1.45.20"}, {"required", "1.45.20"}},
 		}})
@@ -82,13 +82,18 @@ func (p *process) getSystemStats(*request) *answer {
 	system = append(system,
 		field{"python_version", "3.11.7 (main, May  9 2026, 07:35:25) [GCC 12.2.0]"},
 		field{"pytorch_version", "2.15.0+cpu"}, field{"embedded_python", false})
-	if p.version.atLeast(0, 19, 0) {
+	if p.version.atLeast(0, 25, 0) {
 		system = append(system, field{"deploy_environment", "local-git"})
 	}
 	system = append(system, field{"argv", p.argv()})
 	device := object{
-		{"name", "cpu"}, {"type", "cpu"}, {"index", nil}, {"vram_total", podMemory}, {"vram_free", podMemoryFree},
-		{"torch_vram_total", podMemory}, {"torch_vram_free", podMemoryFree},
+		{"name", "cpu"},
+		{"type", "cpu"},
+		{"index", nil},
+		{"vram_total", podMemory},
+		{"vram_free", podMemoryFree},
+		{"torch_vram_total", podMemory},
+		{"torch_vram_free", podMemoryFree},
 	}
 	return jsonAnswer(object{{"system", system}, {"devices", []any{device}}})
 }
@@ -121,13 +126,15 @@ func (v version) modelFolders() []string {
 		}
 		folders = append(folders, name)
 	}
-	add(v.atLeast(0, 3, 51), "model_patches", "")
-	add(v.atLeast(0, 3, 56), "audio_encoders", "")
-	add(v.atLeast(0, 3, 76), "latent_upscale_models", "custom_nodes")
-	add(v.atLeast(0, 33, 0), "datasets", "hypernetworks")
-	for _, name := range []string{"background_removal", "frame_interpolation", "geometry_estimation", "optical_flow", "detection"} {
-		add(v.atLeast(0, 27, 0), name, "")
-	}
+	add(v.atLeast(0, 3, 52), "model_patches", "")
+	add(v.atLeast(0, 3, 53), "audio_encoders", "")
+	add(v.atLeast(0, 3, 71), "latent_upscale_models", "custom_nodes")
+	add(v.atLeast(0, 30, 0), "datasets", "hypernetworks")
+	add(v.atLeast(0, 21, 0), "background_removal", "")
+	add(v.atLeast(0, 20, 0), "frame_interpolation", "")
+	add(v.atLeast(0, 22, 0), "geometry_estimation", "")
+	add(v.atLeast(0, 21, 0), "optical_flow", "")
+	add(v.atLeast(0, 23, 0), "detection", "")
 	return folders
 }
 
@@ -166,19 +173,26 @@ func (p *process) getFiles(r *request) *answer {
 	names := make([]string, len(files))
 	for i, f := range files {
 		names[i] = f.name
-		if p.version.atLeast(0, 3, 76) {
+		if p.version.atLeast(0, 20, 0) {
 			names[i] += " [" + kind + "]"
 		}
 	}
 	return jsonAnswer(names)
 }
 
-func (p *process) getPage(*request) *answer {
-	a := &answer{kind: "text/html", body: []byte("<!doctype html><html lang=\"en\"><head><title>ComfyUI</title></head><body></body></html>\n")}
+// page stands for the editor, a file of the server's installation.
+var page = file{
+	data:     []byte("<!doctype html><html lang=\"en\"><head><title>ComfyUI</title></head><body></body></html>\n"),
+	modified: time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC),
+}
+
+func (p *process) getPage(r *request) *answer {
+	a := &answer{kind: "text/html"}
 	a.header = http.Header{"Cache-Control": {"no-cache"}}
-	if p.version.atLeast(0, 3, 76) {
+	if p.version.atLeast(0, 18, 0) {
 		a.header.Set("Cache-Control", "no-store, must-revalidate")
 	}
+	fileResponse(r, page, a)
 	return a
 }
 
@@ -203,7 +217,7 @@ func newLogBook() *logBook { return &logBook{} }
 
 // log writes a line; colour is what newer versions put around important ones.
 func (p *process) log(text string, colour bool) {
-	if p.version.atLeast(0, 19, 0) {
+	if p.version.atLeast(0, 23, 0) {
 		if colour {
 			text = "\x1b[32m" + strings.TrimSuffix(text, "\n") + "\x1b[0m\n"
 		}
@@ -320,9 +334,13 @@ func (p *process) getUserdata(r *request) *answer {
 
 func (p *process) userFileInfo(name, shown string) object {
 	f, _ := p.files.get(kindUser, path.Dir(name), path.Base(name))
-	info := object{{"path", shown}, {"size", len(f.data)}, {"modified", f.modified.UnixMilli()}}
-	if p.version.atLeast(0, 3, 76) {
-		info = append(info, field{"created", f.modified.UnixMilli()})
+	modified := any(float64(f.modified.UnixNano()) / 1e9)
+	if p.version.atLeast(0, 21, 0) {
+		modified = f.modified.UnixMilli()
+	}
+	info := object{{"path", shown}, {"size", len(f.data)}, {"modified", modified}}
+	if p.version.atLeast(0, 3, 49) {
+		info = append(info, field{"created", modified})
 	}
 	return info
 }
@@ -346,7 +364,10 @@ func (p *process) getUserdataV2(r *request) *answer {
 		}
 		f, _ := p.files.get(kindUser, path.Dir(name), path.Base(name))
 		files = append(files, object{
-			{"name", path.Base(name)}, {"path", name}, {"type", "file"}, {"size", len(f.data)},
+			{"name", path.Base(name)},
+			{"path", name},
+			{"type", "file"},
+			{"size", len(f.data)},
 			{"modified", float64(f.modified.UnixNano()) / 1e9},
 		})
 	}
@@ -376,6 +397,13 @@ func (p *process) getUserFile(r *request) *answer {
 		return emptyAnswer(refused)
 	}
 	a := &answer{kind: mimeType(r.vars["file"]), header: http.Header{}}
+	if p.version.atLeast(0, 28, 0) {
+		a.header.Set("X-Content-Type-Options", "nosniff")
+		a.header.Set("Content-Disposition", "attachment")
+		if isActive(a.kind) {
+			a.kind = "application/octet-stream"
+		}
+	}
 	fileResponse(r, f, a)
 	return a
 }

@@ -16,10 +16,10 @@ const (
 	jobCancelled  = "cancelled"
 )
 
-// jobStates lists the states that a version knows: cancelled came in 0.8.1, before it was failed.
+// jobStates lists the states that a version knows: cancelled came in 0.9.0, before it was failed.
 func (v version) jobStates() []string {
 	states := []string{jobPending, jobInProgress, jobCompleted, jobFailed}
-	if v.atLeast(0, 8, 1) {
+	if v.atLeast(0, 9, 0) {
 		states = append(states, jobCancelled)
 	}
 	return states
@@ -210,7 +210,7 @@ func (v version) endState(entry *historyEntry) string {
 	if entry.status == "success" {
 		return jobCompleted
 	}
-	if v.atLeast(0, 8, 1) && slices.ContainsFunc(entry.messages, func(m message) bool { return m.event == "execution_interrupted" }) {
+	if v.atLeast(0, 9, 0) && slices.ContainsFunc(entry.messages, func(m message) bool { return m.event == "execution_interrupted" }) {
 		return jobCancelled
 	}
 	return jobFailed
@@ -232,8 +232,14 @@ func (p *process) endedJob(entry *historyEntry) object {
 	created, workflow := jobMetadata(entry.extra)
 	summary := p.version.summarize(entry.outputs)
 	job := object{
-		{"id", entry.item.id}, {"status", p.version.endState(entry)}, {"priority", entry.item.number}, {"create_time", created},
-		{"execution_start_time", start}, {"execution_end_time", end}, {"execution_error", failure}, {"outputs_count", summary.count},
+		{"id", entry.item.id},
+		{"status", p.version.endState(entry)},
+		{"priority", entry.item.number},
+		{"create_time", created},
+		{"execution_start_time", start},
+		{"execution_end_time", end},
+		{"execution_error", failure},
+		{"outputs_count", summary.count},
 	}
 	if p.version.countsPreviewable() {
 		job = append(job, field{"previewable_outputs_count", summary.previewable})
@@ -245,7 +251,7 @@ func (p *process) getJob(r *request) *answer {
 	id := r.vars["id"]
 	if entry, ended := p.queue.historyOf(id); ended {
 		return jsonAnswer(append(p.endedJob(entry),
-			field{"outputs", normalizedOutputs(entry.outputs)},
+			field{"outputs", p.version.normalizedOutputs(entry.outputs)},
 			field{"execution_status", entry.statusJSON()},
 			field{"workflow", object{{"prompt", entry.item.prompt}, {"extra_data", entry.extra}}}))
 	}
@@ -284,8 +290,12 @@ func (p *process) cancelJob(id string) (bool, error) {
 }
 
 func (p *process) postCancelBatch(r *request) *answer {
-	v, ok := r.jsonBody()
+	text, ok := r.text()
 	if !ok {
+		return troubleAnswer()
+	}
+	v, err := parseJSON(text)
+	if err != nil {
 		return badQuery("Request body must be valid JSON")
 	}
 	body, _ := v.(object)
@@ -309,7 +319,7 @@ func (p *process) postCancelBatch(r *request) *answer {
 	}
 	cancelled := false
 	for _, id := range ids {
-		done, err := p.cancelJob(id.(string)) //nolint:errcheck // checked above
+		done, err := p.cancelJob(id.(string))
 		if err != nil {
 			return troubleAnswer()
 		}
@@ -325,13 +335,12 @@ type jobSummary struct {
 }
 
 // countsPreviewable: previewable_outputs_count is listed.
-func (v version) countsPreviewable() bool { return v.atLeast(0, 33, 0) }
+func (v version) countsPreviewable() bool { return v.atLeast(0, 32, 0) }
 
-// summarize counts the outputs and chooses the one to show: a saved one, else any that can be shown. Texts count only in
-// older versions.
+// summarize counts the outputs and chooses the one to show: a saved one, else any that can be shown, else a text.
 func (v version) summarize(outputs object) jobSummary {
 	var s jobSummary
-	var saved, shown, textFile, text any
+	var choice previewChoice
 	for _, node := range outputs {
 		lists, _ := node.value.(object)
 		for _, list := range lists {
@@ -340,50 +349,76 @@ func (v version) summarize(outputs object) jobSummary {
 				continue
 			}
 			for _, value := range items {
-				item, isEntry := outputEntry(value)
-				if !isEntry {
-					if list.key != "text" {
-						continue
-					}
-					if !v.countsPreviewable() {
-						s.count++
-					}
-					if saved == nil && text == nil {
-						text = append(textPreview(pyStr(value)), field{"nodeId", node.key}, field{"mediaType", "text"})
-						if !v.countsPreviewable() && shown == nil {
-							shown = text
-						}
-					}
-					continue
+				if v.counts(list.key, value) {
+					s.count++
 				}
-				s.count++
-				if !v.isPreviewable(list.key, item) {
-					continue
-				}
-				s.previewable++
-				enriched := slices.Clone(item).set("nodeId", node.key)
-				if _, has := item.get("mediaType"); !has {
-					enriched = enriched.set("mediaType", list.key)
-				}
-				kind, _ := item.get("type")
+				item, isEntry := v.outputEntry(value)
 				switch {
-				case v.countsPreviewable() && isTextOutput(list.key, item):
-					textFile = firstOf(textFile, enriched)
-				case kind == kindOutput:
-					saved = firstOf(saved, enriched)
-				default:
-					shown = firstOf(shown, enriched)
+				case isEntry && v.isPreviewable(list.key, item):
+					s.previewable++
+					choice.offer(v, node.key, list.key, item)
+				case !isEntry && list.key == "text" && v.atLeast(0, 16, 0):
+					choice.offerText(v, node.key, pyStr(value))
 				}
 			}
 		}
 	}
-	for _, choice := range []any{saved, shown, textFile, text} {
+	s.preview = choice.best()
+	return s
+}
+
+// counts tells whether an item is in outputs_count, which each release saw otherwise.
+func (v version) counts(key string, value any) bool {
+	_, isObject := value.(object)
+	_, isEntry := v.outputEntry(value)
+	switch {
+	case !v.atLeast(0, 12, 0):
+		return isObject
+	case !v.atLeast(0, 14, 0):
+		return true
+	case v.atLeast(0, 16, 0) && !v.atLeast(0, 30, 0):
+		return isEntry || key == "text"
+	default:
+		return isEntry
+	}
+}
+
+// previewChoice holds the first of each kind of preview.
+type previewChoice struct{ saved, shown, textFile, text any }
+
+func (c *previewChoice) offer(v version, node, key string, item object) {
+	enriched := slices.Clone(item).set("nodeId", node)
+	if _, has := item.get("mediaType"); !has || !v.atLeast(0, 14, 0) {
+		enriched = enriched.set("mediaType", key)
+	}
+	kind, _ := item.get("type")
+	switch {
+	case v.atLeast(0, 30, 0) && isTextOutput(key, item):
+		c.textFile = firstOf(c.textFile, enriched)
+	case kind == kindOutput:
+		c.saved = firstOf(c.saved, enriched)
+	default:
+		c.shown = firstOf(c.shown, enriched)
+	}
+}
+
+// offerText: before 0.30.0 a text could stand before an image that is shown later.
+func (c *previewChoice) offerText(v version, node, text string) {
+	enriched := append(textPreview(text), field{"nodeId", node}, field{"mediaType", "text"})
+	if v.atLeast(0, 30, 0) {
+		c.text = firstOf(c.text, enriched)
+	} else {
+		c.shown = firstOf(c.shown, enriched)
+	}
+}
+
+func (c *previewChoice) best() any {
+	for _, choice := range []any{c.saved, c.shown, c.textFile, c.text} {
 		if choice != nil {
-			s.preview = choice
-			break
+			return choice
 		}
 	}
-	return s
+	return nil
 }
 
 func firstOf(present any, next object) any {
@@ -393,17 +428,21 @@ func firstOf(present any, next object) any {
 	return next
 }
 
-// outputEntry is an item of an output list as a file's entry; the name of a 3D file counts as one.
-func outputEntry(v any) (object, bool) {
-	switch v := v.(type) {
+// outputEntry is an item of an output list as a file's entry; since 0.14.0 the name of a 3D file is one too.
+func (v version) outputEntry(value any) (object, bool) {
+	switch value := value.(type) {
 	case object:
-		return v, true
+		return value, true
 	case string:
-		if hasExtension(v, ".obj", ".fbx", ".gltf", ".glb", ".usdz") {
-			return object{{"filename", v}, {"type", "output"}, {"subfolder", ""}, {"mediaType", "3d"}}, true
+		if v.atLeast(0, 14, 0) && v.is3D(value) {
+			return object{{"filename", value}, {"type", "output"}, {"subfolder", ""}, {"mediaType", "3d"}}, true
 		}
 	}
 	return nil, false
+}
+
+func (v version) is3D(name string) bool {
+	return hasExtension(name, ".obj", ".fbx", ".gltf", ".glb") || v.atLeast(0, 14, 0) && hasExtension(name, ".usdz")
 }
 
 func hasExtension(name string, extensions ...string) bool {
@@ -423,22 +462,33 @@ func textPreview(text string) object {
 
 func (v version) isPreviewable(key string, item object) bool {
 	switch key {
-	case "images", "video", "audio", "3d", "text":
+	case "images", "video", "audio":
 		return true
+	case "3d":
+		if v.atLeast(0, 14, 0) {
+			return true
+		}
+	case "text":
+		if v.atLeast(0, 16, 0) {
+			return true
+		}
 	}
 	if format := textOf(item, "format", ""); strings.HasPrefix(format, "video/") || strings.HasPrefix(format, "audio/") {
 		return true
 	}
 	name := textOf(item, "filename", "")
-	return hasExtension(name, ".obj", ".fbx", ".gltf", ".glb", ".usdz") || v.countsPreviewable() && hasExtension(name, ".txt", ".md", ".json")
+	return v.is3D(name) || v.atLeast(0, 30, 0) && hasExtension(name, ".txt", ".md", ".json")
 }
 
 func isTextOutput(key string, item object) bool {
 	return key == "text" || hasExtension(textOf(item, "filename", ""), ".txt", ".md", ".json")
 }
 
-// normalizedOutputs is what GET /api/jobs/{id} makes of the outputs: nulls go, names of 3D files become entries.
-func normalizedOutputs(outputs object) object {
+// normalizedOutputs is what GET /api/jobs/{id} makes of the outputs since 0.14.0: nulls go, names of 3D files become entries.
+func (v version) normalizedOutputs(outputs object) object {
+	if !v.atLeast(0, 14, 0) {
+		return outputs
+	}
 	normalized := object{}
 	for _, node := range outputs {
 		lists, isObject := node.value.(object)
@@ -454,14 +504,14 @@ func normalizedOutputs(outputs object) object {
 				continue
 			}
 			var values []any
-			for _, v := range items {
-				if v == nil {
+			for _, value := range items {
+				if value == nil {
 					continue
 				}
-				if entry, isEntry := outputEntry(v); isEntry {
-					v = entry
+				if entry, isEntry := v.outputEntry(value); isEntry {
+					value = entry
 				}
-				values = append(values, v)
+				values = append(values, value)
 			}
 			kept = append(kept, field{list.key, append([]any{}, values...)})
 		}

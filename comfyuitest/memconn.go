@@ -2,6 +2,7 @@ package comfyuitest
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"os"
@@ -36,7 +37,7 @@ func newPipe(server pipeAddr) (client, pod *pipeConn) {
 
 func (c *pipeConn) Read(p []byte) (int, error) {
 	n, err := c.in.read(p, c.readDeadline.expired())
-	if err != nil && err != io.EOF {
+	if err != nil && !errors.Is(err, io.EOF) {
 		err = &net.OpError{Op: "read", Net: "pipe", Source: c.local, Addr: c.remote, Err: err}
 	}
 	return n, err

@@ -2,6 +2,7 @@ package comfyuitest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -28,12 +29,15 @@ type Pod struct {
 	client  *http.Client
 	addr    string
 
+	chance chance // set by tests of this package, before the first request
+
 	life   context.Context // ends with Close
 	finish context.CancelFunc
 
 	mu      sync.Mutex
 	process *process     // nil while the server is down
 	front   net.Listener // nil while the server is down, and for pipes
+	crashed bool         // the server ended itself, and nothing starts it again but Restart
 	refused int          // the status for new sockets; 0: they are accepted
 	closed  bool
 }
@@ -102,8 +106,8 @@ func Start(tb testing.TB, opts ...Option) *Pod {
 // WithVersion makes the pod behave as that release of ComfyUI: what it honours, answers and sends. Releases from 0.3.40 to the
 // newest known one can be told apart, and a later one is like the newest known. It panics if the text is no version.
 // Default: the newest known.
-func WithVersion(release string) Option {
-	v, err := parseVersion(release)
+func WithVersion(version string) Option {
+	v, err := parseVersion(version)
 	if err != nil {
 		panic(fmt.Sprintf("comfyuitest: %v", err))
 	}
@@ -170,8 +174,8 @@ func (p *Pod) URL() string { return "http://" + p.addr }
 // Client returns an HTTP client that reaches the pod, over TCP or pipes, at [Pod.URL].
 func (p *Pod) Client() *http.Client { return p.client }
 
-// DialContext connects to the pod, whatever addr says, for clients that dial themselves, such as a WebSocket dialer.
-func (p *Pod) DialContext(ctx context.Context, _, _ string) (net.Conn, error) {
+// DialContext connects to the pod, whatever network and addr say, for clients that dial themselves, such as a WebSocket dialer.
+func (p *Pod) DialContext(ctx context.Context, network, addr string) (net.Conn, error) {
 	if !p.config.pipes {
 		var d net.Dialer
 		return d.DialContext(ctx, "tcp", p.addr)
@@ -210,8 +214,14 @@ func (p *Pod) Close() {
 func (p *Pod) Restart(down time.Duration) {
 	p.mu.Lock()
 	old := p.process
-	if old == nil || p.closed {
+	if p.closed || old == nil && !p.crashed {
 		p.mu.Unlock()
+		return
+	}
+	if p.crashed {
+		p.crashed = false
+		p.mu.Unlock()
+		p.reviveAfter(down)
 		return
 	}
 	old.cancel() // what its nodes still do shows nowhere
@@ -229,6 +239,31 @@ func (p *Pod) Restart(down time.Duration) {
 		_ = front.Close()
 	}
 	old.end()
+	p.reviveAfter(down)
+}
+
+// crash ends a process for good: only Restart starts another.
+func (p *Pod) crash(proc *process) {
+	p.mu.Lock()
+	if p.process != proc {
+		p.mu.Unlock()
+		return
+	}
+	front := p.front
+	p.process, p.front, p.crashed = nil, nil, true
+	p.files.clear(kindTemp)
+	p.mu.Unlock()
+	if front != nil {
+		_ = front.Close()
+	}
+	proc.end()
+}
+
+func (p *Pod) reviveAfter(down time.Duration) {
+	if down <= 0 {
+		p.revive()
+		return
+	}
 	p.tasks.start(func() {
 		if wait(p.life, down) {
 			p.revive()
@@ -289,8 +324,13 @@ func (p *Pod) listen() (net.Listener, error) {
 func (p *Pod) accept(front net.Listener) {
 	for {
 		conn, err := front.Accept()
-		if err != nil {
+		if errors.Is(err, net.ErrClosed) {
 			return
+		}
+		if err != nil {
+			// Out of descriptors, for instance: later there may be some.
+			wait(p.life, 5*time.Millisecond)
+			continue
 		}
 		given := false
 		for current := p.current(); current != nil && !given; current = p.current() {
@@ -306,10 +346,10 @@ func (p *Pod) accept(front net.Listener) {
 // at once. Nodes go on. Several freezes end with the last thaw.
 func (p *Pod) Freeze() (thaw func()) {
 	current := p.current()
-	if current == nil || !current.loop.enter(current.ctx) {
+	if current == nil {
 		return func() {}
 	}
-	return sync.OnceFunc(current.loop.leave)
+	return current.loop.freeze(current.ctx)
 }
 
 // KillWorker ends the worker thread: prompts are accepted and never run, the one that runs stays in queue_running for ever.
@@ -375,7 +415,7 @@ func (p *Pod) Streams() int {
 	return 0
 }
 
-// WaitIdle waits until nothing is queued or runs. With a dead worker and a prompt in the queue that never comes about: only
+// WaitIdle waits until nothing is queued or runs, and what POST /free asked for is done. With a dead worker and a prompt in the queue that never comes about: only
 // ctx ends it then.
 func (p *Pod) WaitIdle(ctx context.Context) error {
 	for {
@@ -398,7 +438,7 @@ func (p *Pod) idle() bool {
 	if current == nil {
 		return closed
 	}
-	return current.queue.tasksRemaining() == 0 && !current.executor.isBusy()
+	return current.queue.idle() && !current.executor.isBusy()
 }
 
 func (p *Pod) current() *process {
@@ -439,6 +479,7 @@ func (p *Pod) boot() {
 		proc.hub.toEveryone("status", object{{"status", execInfo(remaining)}})
 		p.changed.signal()
 	})
+	proc.queue.taking = func(id string) { p.chance.hold(id, paceTake) }
 	proc.executor = newExecutor(proc)
 	base := context.WithValue(ctx, processKey{}, proc)
 	proc.server = &http.Server{
@@ -453,7 +494,11 @@ func (p *Pod) boot() {
 		_ = proc.server.Serve(proc.conns)
 		_ = proc.server.Close() // for connections that came in at the very end
 	})
-	p.tasks.start(func() { proc.hub.publish(ctx) })
+	p.tasks.start(func() {
+		if !proc.hub.publish(ctx) {
+			p.crash(proc)
+		}
+	})
 	p.tasks.start(proc.executor.work)
 }
 

@@ -10,6 +10,7 @@ import (
 	"image/jpeg"
 	"image/png"
 	"math"
+	"slices"
 	"strconv"
 	"time"
 )
@@ -124,8 +125,17 @@ func kSamplerInputs(v version) []input {
 
 // sleep is time.sleep: nothing but the end of the process ends it.
 func sleep(c *Call, seconds float64) bool {
-	c.run.process.sleep(time.Duration(seconds * float64(time.Second)))
+	if seconds > 0 {
+		wait(c.run.process.ctx, time.Duration(seconds*float64(time.Second)))
+	}
 	return c.life.Err() == nil
+}
+
+// began is how many nodes of the job began before this one.
+func (c *Call) began() int {
+	c.run.mu.Lock()
+	defer c.run.mu.Unlock()
+	return slices.IndexFunc(c.run.progress, func(p *nodeProgress) bool { return p.id == c.NodeID })
 }
 
 func probeReturn(c *Call) {
@@ -147,6 +157,10 @@ func probeSleep(_ context.Context, c *Call) error {
 	bars, preview := args.intOr("bars", 1), args.textOr("preview", "none")
 	if args.failure != nil {
 		return args.failure
+	}
+	if c.class.async {
+		// Nodes that began in one instant of a synctest bubble go on in the order in which they began.
+		wait(c.run.process.ctx, time.Duration(c.began())*10*time.Microsecond)
 	}
 	for range bars {
 		for step := range steps {

@@ -17,14 +17,18 @@ func (r *run) entry(id string) *nodeProgress {
 	entry := &nodeProgress{id: id, value: 0, max: 1, state: "pending"}
 	entry.head = append(appendJSONString(nil, id), `: {"value": `...)
 	entry.tail = pyJSON(object{
-		{"node_id", id}, {"prompt_id", r.item.id}, {"display_node_id", r.dyn.display(id)},
-		{"parent_node_id", r.dyn.parent(id)}, {"real_node_id", r.dyn.real(id)},
+		{"node_id", id},
+		{"prompt_id", r.item.id},
+		{"display_node_id", r.dyn.display(id)},
+		{"parent_node_id", r.dyn.parent(id)},
+		{"real_node_id", r.dyn.real(id)},
 	})[1:]
 	r.progress = append(r.progress, entry)
 	return entry
 }
 
 func (r *run) startProgress(id string) {
+	r.pace(paceRunning, id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	entry := r.entry(id)
@@ -33,6 +37,7 @@ func (r *run) startProgress(id string) {
 }
 
 func (r *run) finishProgress(id string) {
+	r.pace(paceFinished, id)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	entry := r.entry(id)
@@ -51,10 +56,24 @@ func (r *run) reportTick(id string, value, limit any, image *previewImage) {
 	if described {
 		r.sendBinary(image.described(r, id))
 	}
-	r.process.hub.toClient(r.client, "progress", object{{"value", value}, {"max", limit}, {"prompt_id", r.item.id}, {"node", id}})
+	r.process.hub.toClient(r.client, "progress", object{
+		{"value", value}, {"max", limit}, {"prompt_id", r.item.id}, {"node", r.progressNode(id)},
+	})
 	if image != nil && !described {
 		r.sendBinary(image.plain())
 	}
+}
+
+// progressNode is the node that a progress frame names. Before 0.3.45 that was the one which clients had been told of last:
+// none, in a job without a client.
+func (r *run) progressNode(id string) any {
+	if r.process.version.atLeast(0, 3, 45) {
+		return id
+	}
+	if !r.client.known {
+		return nil
+	}
+	return r.dyn.display(id)
 }
 
 // sendProgressState sends the state of all nodes that have begun. The caller holds mu.
@@ -75,11 +94,11 @@ func (r *run) sendProgressState() {
 		payload = append(append(payload, `", `...), entry.tail...)
 	}
 	payload = append(payload, `}}}`...)
-	r.process.hub.enqueue(envelope{frame: newFrame(opText, payload), sid: r.client.sid, everyone: !r.client.known})
+	r.process.hub.send(r.client, newFrame(opText, payload))
 }
 
 func (r *run) sendBinary(f *frame) {
-	r.process.hub.enqueue(envelope{frame: f, sid: r.client.sid, everyone: !r.client.known})
+	r.process.hub.send(r.client, f)
 }
 
 // plain is the frame of type 1: a format, and no word about whose image it is.
@@ -94,8 +113,12 @@ func (i *previewImage) plain() *frame {
 // described is the frame of type 4.
 func (i *previewImage) described(r *run, id string) *frame {
 	about := pyJSON(object{
-		{"node_id", id}, {"prompt_id", r.item.id}, {"display_node_id", r.dyn.display(id)},
-		{"parent_node_id", r.dyn.parent(id)}, {"real_node_id", r.dyn.real(id)}, {"image_type", i.contentType},
+		{"node_id", id},
+		{"prompt_id", r.item.id},
+		{"display_node_id", r.dyn.display(id)},
+		{"parent_node_id", r.dyn.parent(id)},
+		{"real_node_id", r.dyn.real(id)},
+		{"image_type", i.contentType},
 	})
 	n := uint32(len(about))
 	return binaryFrame(4, []byte{byte(n >> 24), byte(n >> 16), byte(n >> 8), byte(n)}, about, i.data)

@@ -371,10 +371,10 @@ func (p *jsonParser) list(depth int) (any, error) {
 func (p *jsonParser) text() (string, error) {
 	start := p.pos
 	for p.pos++; p.pos < len(p.data); p.pos++ {
-		switch c := p.data[p.pos]; {
-		case c == '\\':
+		switch p.data[p.pos] {
+		case '\\':
 			p.pos++
-		case c == '"':
+		case '"':
 			p.pos++
 			var s string
 			if err := json.Unmarshal(p.data[start:p.pos], &s); err != nil {

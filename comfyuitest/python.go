@@ -238,9 +238,10 @@ func parseFloat(s string) (any, *exception) {
 		f, _ := strconv.ParseFloat(strings.ReplaceAll(text, "_", ""), 64)
 		return f, nil
 	}
-	sign, unsigned := 1, text
-	if strings.HasPrefix(text, "-") {
-		sign, unsigned = -1, text[1:]
+	unsigned, negative := strings.CutPrefix(text, "-")
+	sign := 1
+	if negative {
+		sign = -1
 	} else {
 		unsigned = strings.TrimPrefix(text, "+")
 	}

@@ -17,12 +17,14 @@ type item struct {
 	outputs   []string
 	sensitive object // secrets that newer servers keep apart
 	client    client
+	shown     encoded // the item as /queue shows it: listings can have thousands
 }
 
 // client is a job's client_id: none, or the sid of the socket that hears of the job.
 type client struct {
 	known bool
 	sid   string
+	fatal bool // a client_id that cannot be looked up: the first message to it ends the server
 }
 
 func (it *item) priority() float64 {
@@ -31,8 +33,8 @@ func (it *item) priority() float64 {
 }
 
 // tuple is the item as /queue and /history show it: without the secrets that newer servers keep apart.
-func (it *item) tuple() []any {
-	return []any{it.number, it.id, it.prompt, it.extra, it.outputs}
+func (it *item) tuple(extra any) []any {
+	return []any{it.number, it.id, it.prompt, extra, it.outputs}
 }
 
 // errNotComparable is Python's TypeError: '<' not supported between instances of 'dict' and 'dict'.
@@ -148,6 +150,7 @@ type queue struct {
 	flags   freeFlags
 	wake    chan struct{}       // holds a token when there may be work
 	updated func(remaining int) // called under mu, so that the status frames keep the order of the changes
+	taking  func(id string)     // called before an item is taken; nil: nothing to do
 }
 
 // freeFlags are what /free asks for, done between jobs.
@@ -164,6 +167,13 @@ func (q *queue) tasksRemaining() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return q.remaining()
+}
+
+// idle tells whether nothing is left to do, flags included.
+func (q *queue) idle() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.remaining() == 0 && q.flags == freeFlags{}
 }
 
 func (q *queue) notify() {
@@ -190,6 +200,12 @@ func (q *queue) put(it *item) error {
 func (q *queue) get(ctx context.Context) (*item, error) {
 	for {
 		q.mu.Lock()
+		if len(q.pending) > 0 && q.taking != nil {
+			next := q.pending[0].id
+			q.mu.Unlock()
+			q.taking(next)
+			q.mu.Lock()
+		}
 		if len(q.pending) > 0 {
 			it, err := q.pending.pop()
 			if err == nil {

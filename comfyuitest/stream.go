@@ -53,6 +53,7 @@ type envelope struct {
 	frame    *frame
 	sid      string
 	everyone bool
+	fatal    bool // ends the publish loop, and with it the process
 }
 
 // hub is the WebSocket side: who is connected, and the one queue that every message goes through.
@@ -73,7 +74,12 @@ func newHub(loop *eventLoop) *hub {
 
 // toClient queues a message for a job's client; a job without one is everyone's.
 func (h *hub) toClient(c client, event string, data any) {
-	h.enqueue(envelope{frame: textFrame(event, data), sid: c.sid, everyone: !c.known})
+	h.send(c, textFrame(event, data))
+}
+
+// send queues a frame for a job's client.
+func (h *hub) send(c client, f *frame) {
+	h.enqueue(envelope{frame: f, sid: c.sid, everyone: !c.known, fatal: c.fatal})
 }
 
 func (h *hub) toEveryone(event string, data any) {
@@ -90,8 +96,9 @@ func (h *hub) enqueue(e envelope) {
 	}
 }
 
-// publish sends what is queued, in order, one frame after the other: a client that does not read holds up all.
-func (h *hub) publish(ctx context.Context) {
+// publish sends what is queued, in order, one frame after the other: a client that does not read holds up all. It returns
+// false if a message ended the server.
+func (h *hub) publish(ctx context.Context) bool {
 	for {
 		h.mu.Lock()
 		batch := h.inbox
@@ -99,7 +106,11 @@ func (h *hub) publish(ctx context.Context) {
 		h.mu.Unlock()
 		for _, e := range batch {
 			if !h.loop.enter(ctx) {
-				return
+				return true
+			}
+			if e.fatal {
+				h.loop.leave()
+				return false
 			}
 			targets := h.targets(e)
 			h.loop.leave()
@@ -113,7 +124,7 @@ func (h *hub) publish(ctx context.Context) {
 		select {
 		case <-h.wake:
 		case <-ctx.Done():
-			return
+			return true
 		}
 	}
 }
@@ -210,8 +221,11 @@ func (h *hub) cut(mode CutMode) {
 		switch mode {
 		case CutClose:
 			h.unregisterExactly(s)
-			_ = s.ws.conn.SetWriteDeadline(time.Now().Add(time.Second))
-			_ = s.ws.sendClose(closeNormal)
+			if !s.isBlackholed() {
+				// A client that does not read gets no close frame.
+				_ = s.ws.conn.SetWriteDeadline(time.Now().Add(time.Second))
+				_ = s.ws.sendClose(closeNormal)
+			}
 			s.ws.close()
 		case CutReset:
 			h.unregisterExactly(s)
@@ -358,9 +372,9 @@ func (p *process) endStream(s *stream, err error) {
 	var broken *wsError
 	switch {
 	case s.isBlackholed():
-		// The client gave up, and no FIN comes through a black hole: the server keeps the socket for ever.
+		// The client gave up, and no FIN comes through a black hole: the server would keep the socket for ever, and its
+		// handler cleans nothing up.
 		p.hub.forget(s)
-		<-p.ctx.Done()
 		return
 	case errors.Is(err, errPeerClosed):
 		_ = s.ws.sendClose(closeNormal)
@@ -368,23 +382,10 @@ func (p *process) endStream(s *stream, err error) {
 	case errors.As(err, &broken):
 		_ = s.ws.sendClose(broken.code)
 	default:
-		p.sleep(abortNotice)
+		wait(p.ctx, abortNotice)
 	}
 	if p.loop.enter(p.ctx) {
 		p.hub.unregister(s)
 		p.loop.leave()
-	}
-}
-
-// sleep waits for a time on the clock, or the end of the process.
-func (p *process) sleep(d time.Duration) {
-	if d <= 0 {
-		return
-	}
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-	case <-p.ctx.Done():
 	}
 }

@@ -40,7 +40,8 @@ func (p *process) postPrompt(r *request) *answer {
 	if !ok {
 		return troubleAnswer()
 	}
-	g, err := parseGraph(pyJSON(prompt))
+	raw := pyJSON(prompt)
+	g, err := parseGraph(raw)
 	if err != nil {
 		return p.noGraph(prompt)
 	}
@@ -52,13 +53,15 @@ func (p *process) postPrompt(r *request) *answer {
 	case refusal != nil:
 		return jsonError(refusal.status, refusal.body)
 	}
+	outputs = p.pod.chance.order(id, outputs)
 	it := &item{number: number, id: id, graph: g, prompt: encoded(g.raw), outputs: outputs}
 	sent, _ := body.get("extra_data")
 	sentExtra, _ := sent.(object)
 	if !it.setExtra(p.version, extra) {
 		return troubleAnswer()
 	}
-	p.pod.book.queued(id, clientID, rawMembers(sentExtra), pyJSON(prompt))
+	it.shown = pyJSON(it.tuple(it.extra))
+	p.pod.book.queued(id, clientID, rawMembers(sentExtra), raw)
 	if err := p.queue.put(it); err != nil {
 		return troubleAnswer() // and it is queued all the same
 	}
@@ -67,10 +70,13 @@ func (p *process) postPrompt(r *request) *answer {
 
 // noDictPrompt answers a body that is JSON but no object: a list or a text can be searched for the keys.
 func (p *process) noDictPrompt(v any) *answer {
-	if notADict(v, "number", "front", "prompt").status != http.StatusOK {
+	if notADict(v, "number", "front").status != http.StatusOK {
 		return troubleAnswer()
 	}
 	p.number++
+	if notADict(v, "prompt").status != http.StatusOK {
+		return troubleAnswer()
+	}
 	return noPrompt()
 }
 
@@ -85,8 +91,12 @@ func refusedPrompt(kind, message, details string) *answer {
 	})
 }
 
-// noGraph answers a prompt that is no object: an empty list or text has no outputs, anything else raises.
+// noGraph answers a prompt that is no object. Until the server looked for replaced nodes (0.14.0), an empty list or text was a
+// graph without outputs; anything else raises.
 func (p *process) noGraph(prompt any) *answer {
+	if p.version.atLeast(0, 14, 0) {
+		return troubleAnswer()
+	}
 	switch prompt := prompt.(type) {
 	case []any:
 		if len(prompt) > 0 {
@@ -196,10 +206,10 @@ func (it *item) setExtra(v version, extra any) bool {
 	o, isObject := extra.(object)
 	if isObject {
 		if id, has := o.get("client_id"); has && id != nil {
-			it.client = client{known: true, sid: clientKey(id)}
+			it.client = client{known: true, sid: clientKey(id), fatal: !hashable(id)}
 		}
 	}
-	if v.atLeast(0, 3, 67) {
+	if v.atLeast(0, 3, 68) {
 		if !isObject {
 			return false
 		}
@@ -228,10 +238,11 @@ func clientKey(id any) string {
 	return "\x00" + string(pyJSON(id))
 }
 
-// publicExtra is extra_data as the history has it.
-func (it *item) publicExtra() any {
+// publicExtra is extra_data as the history has it: without secrets since 0.3.45, which came before they were kept out of
+// the queue.
+func (it *item) publicExtra(v version) any {
 	o, isObject := it.extra.(object)
-	if !isObject {
+	if !isObject || !v.atLeast(0, 3, 45) {
 		return it.extra
 	}
 	for _, key := range secretKeys {

@@ -381,8 +381,12 @@ func (c *nodeCheck) link(in *input, list []any) *exception {
 			{"message", "Exception when validating inner node"},
 			{"details", raised.message},
 			{"extra_info", object{
-				{"input_name", in.name}, config, {"exception_message", raised.message}, {"exception_type", raised.typ},
-				{"traceback", tracebackOf("validate_inputs")}, {"linked_node", list},
+				{"input_name", in.name},
+				config,
+				{"exception_message", raised.message},
+				{"exception_type", raised.typ},
+				{"traceback", tracebackOf("validate_inputs")},
+				{"linked_node", list},
 			}},
 		}}}
 	case !found.valid:

@@ -1,68 +1,13 @@
 package comfyuitest
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/json"
-	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"testing/synctest"
 )
-
-// capture is one line of a recording of a real server; testdata/captures has them by version.
-type capture struct {
-	T              float64           `json:"t"`
-	Kind           string            `json:"kind"`
-	Conn           string            `json:"conn"`
-	Text           string            `json:"text"`
-	Binary         []byte            `json:"binary"`
-	BinaryPrefix   []byte            `json:"binary_prefix"`
-	BinaryLength   int               `json:"binary_length"`
-	Path           string            `json:"path"`
-	Status         int               `json:"status"`
-	Headers        map[string]string `json:"headers"`
-	Error          string            `json:"error"`
-	Method         string            `json:"method"`
-	Request        json.RawMessage   `json:"request"`
-	RequestHeaders map[string]string `json:"request_headers"`
-	Body           json.RawMessage   `json:"body"`
-	BodyText       *string           `json:"body_text"`
-	BodyBase64     []byte            `json:"body_base64"`
-	Took           float64           `json:"took"`
-	Cut            string            `json:"cut"`
-	How            string            `json:"how"`
-	Code           int               `json:"code"`
-}
-
-var captureVersions = []string{"0.3.64", "0.27.0", "0.33.0"}
-
-// captureDir is where the recordings lie, one folder a version.
-const captureDir = "../testdata/captures"
-
-func readCapture(tb testing.TB, path string) []capture {
-	tb.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		tb.Fatal(err)
-	}
-	defer f.Close()
-	var lines []capture
-	scanner := bufio.NewScanner(f)
-	scanner.Buffer(nil, 64<<20)
-	for scanner.Scan() {
-		var line capture
-		if err := json.Unmarshal(scanner.Bytes(), &line); err != nil {
-			tb.Fatalf("%s: %v", path, err)
-		}
-		lines = append(lines, line)
-	}
-	if err := scanner.Err(); err != nil {
-		tb.Fatal(err)
-	}
-	return lines
-}
 
 func mustVersion(tb testing.TB, s string) version {
 	tb.Helper()
@@ -107,7 +52,7 @@ func checkRecordedAnswers(t *testing.T, name string) {
 	checked := 0
 	for _, path := range paths {
 		for _, line := range readCapture(t, path) {
-			if line.Method != "POST" || !strings.HasSuffix(line.Path, "/prompt") || line.Status != 200 && line.Status != 400 {
+			if !line.posts() || line.Status != 200 && line.Status != 400 {
 				continue
 			}
 			var p post

@@ -79,7 +79,7 @@ func (p *process) getView(r *request) *answer {
 	if refused != 0 {
 		return emptyAnswer(refused)
 	}
-	name := path.Base(ref.name)
+	name := ref.name[strings.LastIndex(ref.name, "/")+1:]
 	f, there := p.files.get(ref.kind, ref.subfolder, name)
 	if !there {
 		return emptyAnswer(http.StatusNotFound)
@@ -153,7 +153,7 @@ func opaqueImage(picture image.Image) image.Image {
 	out := image.NewRGBA(image.Rect(0, 0, b.Dx(), b.Dy()))
 	for y := range b.Dy() {
 		for x := range b.Dx() {
-			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA) //nolint:errcheck // the model's type
+			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA)
 			out.SetRGBA(x, y, color.RGBA{c.R, c.G, c.B, 255})
 		}
 	}
@@ -177,7 +177,7 @@ func alphaImage(picture image.Image) image.Image {
 func (p *process) viewFile(r *request, f file, name string) *answer {
 	kind := mimeType(name)
 	a := &answer{header: disposition(name)}
-	nosniff := p.version.atLeast(0, 33, 0)
+	nosniff := p.version.atLeast(0, 28, 0)
 	if nosniff {
 		quoted := strings.NewReplacer(`\`, `\\`, `"`, `\"`).Replace(name)
 		a.header = disposition(quoted)
@@ -204,7 +204,7 @@ var mimeTypes = map[string]string{
 	".svg": "image/svg+xml", ".html": "text/html", ".htm": "text/html", ".css": "text/css", ".js": "text/javascript",
 	".txt": "text/plain", ".json": "application/json", ".mp4": "video/mp4", ".webm": "video/webm", ".mov": "video/quicktime",
 	".mp3": "audio/mpeg", ".wav": "audio/x-wav", ".ogg": "audio/ogg", ".bin": "application/octet-stream", ".xml": "text/xml",
-	".glb": "model/gltf-binary", ".gltf": "model/gltf+json", ".flac": "audio/x-flac", ".opus": "audio/opus",
+	".glb": "model/gltf-binary", ".gltf": "model/gltf+json", ".flac": "audio/flac", ".opus": "audio/opus",
 	".csv": "text/csv", ".zip": "application/zip", ".bmp": "image/bmp", ".tiff": "image/tiff", ".md": "text/markdown",
 	".pdf": "application/pdf", ".avi": "video/x-msvideo", ".mhtml": "message/rfc822",
 }
@@ -290,7 +290,7 @@ func notModifiedSince(modified time.Time, header string) bool {
 	return err == nil && !modified.After(since)
 }
 
-var rangePattern = regexp.MustCompile(`^bytes=(\d*)-(\d*)$`)
+var rangePattern = regexp.MustCompile(`(?i)^bytes=(\d*)-(\d*)$`)
 
 // parseRange reads one range; several, an unknown unit or one outside the file are refused.
 func parseRange(header string, size int) (start, end int, ok bool) {
@@ -302,8 +302,11 @@ func parseRange(header string, size int) (start, end int, ok bool) {
 	last, errLast := strconv.Atoi(m[2])
 	switch {
 	case m[1] == "":
-		if errLast != nil || last == 0 {
+		if errLast != nil {
 			return 0, 0, false
+		}
+		if last == 0 {
+			return 0, size, size > 0 // -0 is 0 in Python: the slice is the whole
 		}
 		return max(size-last, 0), size, size > 0
 	case errFirst != nil || first >= size:

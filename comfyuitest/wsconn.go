@@ -57,6 +57,7 @@ type wsConn struct {
 	writing  chan struct{}
 	deflate  *deflater
 	inflate  *inflater
+	partial  clientFrame // the message whose fragments are coming; op 0: none
 	closing  chan struct{}
 	closeOne sync.Once
 }
@@ -130,35 +131,33 @@ func (c *wsConn) reset() {
 
 // read returns the next message or control frame of the client.
 func (c *wsConn) read() (op byte, payload []byte, err error) {
-	var message []byte
-	var messageOp byte
-	compressed := false
 	for {
-		f, err := c.readFrame(maxClientMessage - len(message))
-		if err != nil {
-			return 0, nil, err
-		}
-		if f.op >= opClose {
-			return f.op, f.payload, nil
-		}
+		f, err := c.readFrame(maxClientMessage - len(c.partial.payload))
 		switch {
-		case f.op == opContinuation && messageOp == 0:
+		case err != nil:
+			return 0, nil, err
+		case f.op >= opClose:
+			return f.op, f.payload, nil // between fragments, too
+		case f.op == opContinuation && c.partial.op == 0:
 			return 0, nil, &wsError{closeProtocol, "continuation of nothing"}
-		case f.op != opContinuation && messageOp != 0:
+		case f.op != opContinuation && c.partial.op != 0:
 			return 0, nil, &wsError{closeProtocol, "message inside a message"}
 		case f.op != opContinuation:
-			messageOp, compressed = f.op, f.compressed
+			c.partial = f
+		default:
+			c.partial.payload = append(c.partial.payload, f.payload...)
 		}
-		message = append(message, f.payload...)
 		if !f.last {
 			continue
 		}
-		if compressed {
-			if message, err = c.inflate.expand(message); err != nil {
+		message := c.partial
+		c.partial = clientFrame{}
+		if message.compressed {
+			if message.payload, err = c.inflate.expand(message.payload); err != nil {
 				return 0, nil, err
 			}
 		}
-		return messageOp, message, nil
+		return message.op, message.payload, nil
 	}
 }
 
@@ -333,9 +332,12 @@ func handshake(r *http.Request) (header string, ext extension, refusal string) {
 	if v := r.Header.Get("Sec-WebSocket-Version"); v != "13" && v != "8" && v != "7" {
 		return "", ext, "Unsupported version: " + v
 	}
-	key := r.Header.Get("Sec-WebSocket-Key")
+	key := get("Sec-WebSocket-Key")
 	if raw, err := base64.StdEncoding.DecodeString(key); err != nil || len(raw) != 16 {
-		return "", ext, "Handshake error: '" + key + "'"
+		if len(r.Header.Values("Sec-WebSocket-Key")) > 0 {
+			key = pyRepr(key)
+		}
+		return "", ext, "Handshake error: " + key
 	}
 	sum := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) //nolint:gosec // RFC 6455
 	header = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Accept: " +

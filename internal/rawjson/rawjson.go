@@ -88,6 +88,9 @@ func Members(object json.RawMessage) []Member {
 }
 
 func lastWins(members []Member) []Member {
+	if len(members) <= 16 && !anyTwice(members) { // nearly all objects: no map is needed
+		return members
+	}
 	first := make(map[string]int, len(members))
 	kept := members[:0]
 	for _, m := range members {
@@ -100,6 +103,17 @@ func lastWins(members []Member) []Member {
 	}
 	clear(members[len(kept):])
 	return kept
+}
+
+func anyTwice(members []Member) bool {
+	for i := range members {
+		for j := range i {
+			if members[i].Name == members[j].Name {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // Field returns the member of an object that has a name; nil if there is none.
@@ -168,20 +182,24 @@ func Text(value json.RawMessage) string {
 	return s
 }
 
-// AppendText appends s as a string with the fewest escapes.
+// AppendText appends s, which is valid UTF-8, as a string with the fewest escapes.
 func AppendText(dst []byte, s string) []byte {
 	dst = append(dst, '"')
-	for _, r := range s {
-		switch {
-		case r == '"' || r == '\\':
-			dst = append(dst, '\\', byte(r))
-		case r < 0x20:
-			dst = fmt.Appendf(dst, "\\u%04x", r)
-		default:
-			dst = utf8.AppendRune(dst, r)
+	kept := 0 // s up to here is in dst
+	for i := range len(s) {
+		c := s[i]
+		if c >= 0x20 && c != '"' && c != '\\' {
+			continue
+		}
+		dst = append(dst, s[kept:i]...)
+		kept = i + 1
+		if c < 0x20 {
+			dst = fmt.Appendf(dst, "\\u%04x", c)
+		} else {
+			dst = append(dst, '\\', c)
 		}
 	}
-	return append(dst, '"')
+	return append(append(dst, s[kept:]...), '"')
 }
 
 // AppendMembers appends an object of members.

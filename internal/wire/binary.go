@@ -1,6 +1,10 @@
 package wire
 
-import "encoding/binary"
+import (
+	"bytes"
+	"encoding/binary"
+	"unicode/utf8"
+)
 
 // The kinds of binary frames that are known.
 const (
@@ -113,4 +117,12 @@ func (d *Decoder) metadata(b *Binary, header []byte) error {
 	}
 	s.end()
 	return s.err("metadata of a preview")
+}
+
+// validUTF8 returns b, or a copy in which what is no UTF-8 is U+FFFD.
+func validUTF8(b []byte) []byte {
+	if utf8.Valid(b) {
+		return b
+	}
+	return bytes.ToValidUTF8(b, []byte("\uFFFD"))
 }

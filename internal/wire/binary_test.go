@@ -63,7 +63,7 @@ func TestBinaryMalformed(t *testing.T) {
 		"cut in the length":       binaryFrame(4, 2)[:5],
 		"cut in the metadata":     binaryFrame(4, 10, "{}"),
 		"cut in the node":         binaryFrame(3, 3, "57"),
-		"metadata too long":       binaryFrame(4, maxMetadata+1, strings.Repeat(" ", maxMetadata+1)),
+		"metadata too long":       binaryFrame(4, maxMetadata+1, "{}"+strings.Repeat(" ", maxMetadata-1)),
 		"metadata of 4 GB":        binaryFrame(4, 1<<32-1, "{}"),
 		"node of 4 GB":            binaryFrame(3, 1<<32-1, "1"),
 		"metadata is no object":   binaryFrame(4, 4, "null", "image"),

@@ -13,9 +13,6 @@ import (
 // listOf is n equal elements.
 func listOf(n int, part string) string { return strings.TrimSuffix(strings.Repeat(part+",", n), ",") }
 
-// spaced is a part as long as the parts that servers send.
-func spaced(part string) string { return part + strings.Repeat(" ", max(bytesPerPart-len(part), 0)) }
-
 // keysOf is n different keys with equal values.
 func keysOf(n int, value string) string {
 	var b strings.Builder
@@ -25,66 +22,71 @@ func keysOf(n int, value string) string {
 	return strings.TrimSuffix(b.String(), ",")
 }
 
+// TestTooManyParts: a document that is nothing but small parts is no server's.
 func TestTooManyParts(t *testing.T) {
 	t.Parallel()
 	decoders := map[string]func(parts int) error{
 		"nodes": func(n int) error {
-			_, err := NewDecoder().Text([]byte(`{"type":"progress_state","data":{"nodes":{` + keysOf(n, spaced("{}")) + `}}}`))
+			_, err := NewDecoder().Text([]byte(`{"type":"progress_state","data":{"nodes":{` + keysOf(n, "{}") + `}}}`))
 			return err
 		},
 		"queue": func(n int) error {
-			_, _, err := Queue([]byte(`{"queue_running":[],"queue_pending":[`+listOf(n, spaced("[0,0,0,0,0]"))+`]}`), false)
+			_, _, err := Queue([]byte(`{"queue_running":[],"queue_pending":[`+listOf(n, "[0,0,0,0,0]")+`]}`), false)
 			return err
 		},
 		"history": func(n int) error {
-			_, err := History([]byte(`{`+keysOf(n, spaced("{}"))+`}`), false)
+			_, err := History([]byte(`{`+keysOf(n, "{}")+`}`), false)
 			return err
 		},
 		"messages": func(n int) error {
-			_, err := History([]byte(`{"a":{"status":{"messages":[`+listOf(n-1, spaced("0"))+`]}}}`), false)
+			_, err := History([]byte(`{"a":{"status":{"messages":[`+listOf(n-1, "0")+`]}}}`), false)
 			return err
 		},
 		"outputs": func(n int) error {
-			_, err := History([]byte(`{"a":{"outputs":{`+keysOf(n-1, spaced("{}"))+`}}}`), false)
+			_, err := History([]byte(`{"a":{"outputs":{`+keysOf(n-1, "{}")+`}}}`), false)
 			return err
 		},
 		"keys": func(n int) error {
-			_, err := Outputs([]byte(`{` + keysOf(n, spaced("0")) + `}`))
+			_, err := Outputs([]byte(`{` + keysOf(n, "0") + `}`))
 			return err
 		},
 		"node errors": func(n int) error {
-			_, err := DecodePromptReply([]byte(`{"prompt_id":"a","node_errors":{` + keysOf(n, spaced("0")) + `}}`))
+			_, err := DecodePromptReply([]byte(`{"prompt_id":"a","node_errors":{` + keysOf(n, "0") + `}}`))
 			return err
 		},
 		"errors": func(n int) error {
-			_, err := DecodePromptReply([]byte(`{"prompt_id":"a","node_errors":{"1":{"errors":[` + listOf(n-1, spaced("0")) + `]}}}`))
+			_, err := DecodePromptReply([]byte(`{"prompt_id":"a","node_errors":{"1":{"errors":[` + listOf(n-1, "0") + `]}}}`))
 			return err
 		},
 		"devices": func(n int) error {
-			_, err := DecodeSystemStats([]byte(`{"system":{},"devices":[` + listOf(n, spaced("0")) + `]}`))
+			_, err := DecodeSystemStats([]byte(`{"system":{},"devices":[` + listOf(n, "0") + `]}`))
 			return err
 		},
 	}
 	for name, decode := range decoders {
-		t.Run(name, func(t *testing.T) { // not parallel: each takes some ten megabytes
-			require.NoError(t, decode(maxParts))
-			require.ErrorIs(t, decode(maxParts+1), ErrMalformed)
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			require.NoError(t, decode(fewParts))
+			require.ErrorIs(t, decode(8*fewParts), ErrMalformed)
 		})
 	}
 }
 
-// TestDensePartsAreFew: a document that is nothing but small parts is no server's.
-func TestDensePartsAreFew(t *testing.T) {
+func TestTake(t *testing.T) {
 	t.Parallel()
-	messages := func(n int) error {
-		_, err := History([]byte(`{"a":{"status":{"messages":[`+listOf(n, "0")+`]}}}`), false)
-		return err
+	for size, want := range map[int]int{0: fewParts, 1600: fewParts + 100, 8 << 20: maxParts} {
+		s := scanner{b: make([]byte, size)}
+		n := 0
+		for s.take() {
+			n++
+		}
+		assert.Equal(t, want, n, "%d bytes", size)
+		assert.True(t, s.bad)
 	}
-	require.NoError(t, messages(fewParts-1))
-	require.ErrorIs(t, messages(2*fewParts), ErrMalformed)
 }
 
-// TestMemoryIsBounded counts all that decoding a megabyte of the worst kind allocates, what is freed meanwhile too: growing slices are four fifths of it.
+// TestMemoryIsBounded counts all that decoding a megabyte of the worst kind allocates, what is freed meanwhile too: growing slices are four
+// fifths of it.
 func TestMemoryIsBounded(t *testing.T) {
 	const size = 1 << 20
 	text := func(frame string) func() error {

@@ -58,7 +58,8 @@ func (f *Failure) Blocked() bool { return f.ExceptionType == "ExecutionBlocked" 
 // History reads the answer to GET /history or /history/{id}, in the order of the JSON: the oldest first. Graphs are passed over
 // unless withGraphs. An entry that is no object makes the answer ErrMalformed; what is not as expected within one is taken as absent.
 func History(body []byte, withGraphs bool) ([]HistoryEntry, error) {
-	d := NewDecoder()
+	d := borrow()
+	defer d.giveBack()
 	s := &d.s
 	s.reset(body)
 	if s.at() != '{' {
@@ -124,11 +125,9 @@ func (d *Decoder) messages() (messages []HistoryMessage, raw []json.RawMessage) 
 		return nil, nil
 	}
 	for s.elem() && s.take() {
-		start, bare := s.i, s.bare
-		s.bare = false
+		start := s.i
 		messages = append(messages, d.message())
 		raw = append(raw, s.copyFrom(start))
-		s.bare = s.bare || bare
 	}
 	return messages, raw
 }

@@ -24,7 +24,8 @@ const maxValues = 1 << 16
 // the booleans under animated. Another value than a list is taken as the only one of its list. A list that is too long, with
 // which the node would have more than 65,536 values, is one raw value. Null has no values.
 func Outputs(node json.RawMessage) ([]OutputValue, error) {
-	d := NewDecoder()
+	d := borrow()
+	defer d.giveBack()
 	s := &d.s
 	s.reset(Sanitize(node))
 	if c := s.at(); c != '{' && c != 'n' {
@@ -78,9 +79,9 @@ func (d *Decoder) outputValues(values []OutputValue, key string) []OutputValue {
 			values = d.outputValue(values, key)
 			continue
 		}
-		s.i, s.depth = start, s.depth-1
-		clear(values[before:])
+		s.rewind(start, s.depth-1)
 		s.skip()
+		clear(values[before:]) // they hold files
 		return append(values[:before], OutputValue{Key: key, Raw: s.since(start)})
 	}
 	return values

@@ -52,9 +52,11 @@ var (
 	}
 	outputForm = mapForm{listForm{anyForm}}
 	itemForm   = tupleForm{
-		numberForm, idForm, mapForm{objectForm{"class_type": textForm, "inputs": anyForm}},
+		numberForm, idForm,
+		mapForm{objectForm{"class_type": textForm, "inputs": anyForm}},
 		objectForm{"client_id": idForm, "comfyui_go": objectForm{"job_id": idForm, "attempt": numberForm, "nonce": idForm}, "x": anyForm},
-		listForm{idForm}, anyForm,
+		listForm{idForm},
+		anyForm,
 	}
 	statusForm = objectForm{
 		"status_str": textForm, "completed": anyForm,

@@ -28,7 +28,8 @@ type Marker struct {
 // over unless withGraphs. An answer without both lists, and an item of fewer than the five elements that every version sends, is
 // ErrMalformed: from half an answer nobody must conclude that a prompt is gone.
 func Queue(body []byte, withGraphs bool) (running, pending []QueueItem, err error) {
-	d := NewDecoder()
+	d := borrow()
+	defer d.giveBack()
 	s := &d.s
 	s.reset(body)
 	if s.at() != '{' {
@@ -101,9 +102,7 @@ func (d *Decoder) queueItem(withGraphs bool) (item QueueItem, ok bool) {
 
 func (d *Decoder) extraData(item *QueueItem, keep bool) json.RawMessage {
 	s := &d.s
-	start, bare := s.i, s.bare
-	s.bare = false
-	defer func() { s.bare = s.bare || bare }()
+	start := s.i
 	if s.object() {
 		for s.next() {
 			switch string(s.key) {

@@ -155,15 +155,16 @@ func TestOutputs(t *testing.T) {
 
 func TestOutputsOfLongLists(t *testing.T) {
 	t.Parallel()
+	deep := strings.Repeat("[", maxDepth-2) + strings.Repeat("]", maxDepth-2)
 	long := "[" + strings.Repeat("0, ", maxValues) + "NaN]"
-	values, err := Outputs(json.RawMessage(`{"images": [{"filename": "a"}], "wave": ` + long + `, "after": ["text"], "last": [[1]]}`))
+	values, err := Outputs(json.RawMessage(`{"images": [{"filename": "a"}], "wave": ` + long + `, "after": ["text"], "last": [` + deep + `]}`))
 	require.NoError(t, err)
 	require.Len(t, values, 4)
 	assert.Equal(t, OutputValue{Key: "images", File: &File{Filename: "a"}}, values[0])
 	assert.Equal(t, "wave", values[1].Key)
 	assert.Equal(t, string(Sanitize([]byte(long))), string(values[1].Raw))
 	assert.Equal(t, OutputValue{Key: "after", Text: "text", IsText: true}, values[2])
-	assert.Equal(t, OutputValue{Key: "last", Raw: json.RawMessage("[1]")}, values[3])
+	assert.Equal(t, OutputValue{Key: "last", Raw: json.RawMessage(deep)}, values[3])
 
 	values, err = Outputs(json.RawMessage(`{"wave": [` + strings.Repeat("0, ", maxValues-1) + `0]}`))
 	require.NoError(t, err)

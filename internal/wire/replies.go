@@ -19,7 +19,8 @@ type Job struct {
 
 // DecodeJob reads the answer to GET /api/jobs/{id}. One without id or status is ErrMalformed. Graph and ExtraData of History are not kept.
 func DecodeJob(body []byte) (Job, error) {
-	d := NewDecoder()
+	d := borrow()
+	defer d.giveBack()
 	s := &d.s
 	s.reset(body)
 	if s.at() != '{' {
@@ -123,7 +124,8 @@ type NodeError struct {
 
 // DecodePromptReply reads the 200 of POST /prompt. One without prompt_id is ErrMalformed.
 func DecodePromptReply(body []byte) (PromptReply, error) {
-	d := NewDecoder()
+	d := borrow()
+	defer d.giveBack()
 	s := &d.s
 	s.reset(body)
 	if s.at() != '{' {
@@ -164,7 +166,8 @@ type Refusal struct {
 
 // DecodeRefusal reads a refusal; false: the body is none of ComfyUI's, an HTML page of a proxy, say.
 func DecodeRefusal(body []byte) (Refusal, bool) {
-	d := NewDecoder()
+	d := borrow()
+	defer d.giveBack()
 	s := &d.s
 	s.reset(body)
 	if s.at() != '{' {
@@ -269,8 +272,7 @@ func (d *Decoder) extraInfo() (input string, raw json.RawMessage) {
 	if s.at() != '{' {
 		return "", d.nonNull()
 	}
-	start, bare := s.i, s.bare
-	s.bare = false
+	start := s.i
 	for s.object(); s.next(); {
 		if string(s.key) == "input_name" {
 			input = d.id()
@@ -278,9 +280,7 @@ func (d *Decoder) extraInfo() (input string, raw json.RawMessage) {
 			s.skip()
 		}
 	}
-	raw = s.copyFrom(start)
-	s.bare = s.bare || bare
-	return input, raw
+	return input, s.copyFrom(start)
 }
 
 // SystemStats is the answer to GET /system_stats; sizes are in bytes.
@@ -301,7 +301,8 @@ type Device struct {
 
 // DecodeSystemStats reads the answer to GET /system_stats. One without system is ErrMalformed.
 func DecodeSystemStats(body []byte) (SystemStats, error) {
-	d := NewDecoder()
+	d := borrow()
+	defer d.giveBack()
 	s := &d.s
 	s.reset(body)
 	if s.at() != '{' {

@@ -23,7 +23,9 @@ func TestDecodePromptReply(t *testing.T) {
 			PromptID: "p", NodeErrors: map[string]NodeErrors{
 				"1": {Class: "C", DependentOutputs: []string{"2", "3"}, Errors: []NodeError{
 					{Type: "t", Message: "m", Details: "d", Input: "i", ExtraInfo: json.RawMessage(`{"input_name": "i", "received_value": null}`)},
-					{Type: "u"}, {ExtraInfo: json.RawMessage(`"x"`)}, {},
+					{Type: "u"},
+					{ExtraInfo: json.RawMessage(`"x"`)},
+					{},
 				}},
 				"2": {},
 			},
@@ -51,6 +53,7 @@ func TestDecodeRefusal(t *testing.T) {
 		`{"error": "Invalid job IDs", "invalid_ids": ["x"]}`:              {Message: "Invalid job IDs"},
 		`{"node_errors": {"1": {"class_type": "C"}}, "error": {}}`:        {Nodes: map[string]NodeErrors{"1": {Class: "C"}}},
 		`{"error": {"type": "a", "details": "b"}, "error": {"type":"c"}}`: {Type: "c"},
+		`{"error": {"type": "a"}, "error": "x"}`:                          {Message: "x"},
 		`{"error": null, "error": "last"}`:                                {Message: "last"},
 	} {
 		got, ok := DecodeRefusal([]byte(body))

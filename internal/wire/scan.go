@@ -17,14 +17,6 @@ import (
 // have a shape from which nothing true can be told.
 var ErrMalformed = errors.New("malformed")
 
-// validUTF8 returns b, or a copy in which what is no UTF-8 is U+FFFD.
-func validUTF8(b []byte) []byte {
-	if utf8.Valid(b) {
-		return b
-	}
-	return bytes.ToValidUTF8(b, []byte("\uFFFD"))
-}
-
 // maxDepth is how deeply objects and lists may be nested. Python's own encoder gives up near its recursion limit of
 // 1000, so no ComfyUI sends more.
 const maxDepth = 1000
@@ -59,16 +51,16 @@ func (e *malformedError) Unwrap() error { return ErrMalformed }
 //
 // and consumes exactly one value a turn. Every method that reads a value takes a value of another type for an absent one.
 type scanner struct {
-	b     []byte
-	i     int
-	key   []byte // of the value at hand; valid until the next call
-	buf   []byte // unescaped text; valid until the next call
-	depth int    // containers entered by object and list
-	parts int    // passed to take
-	fresh bool   // the container at hand has given nothing yet
-	bare  bool   // a NaN or Infinity was passed
-	bad   bool
-	badAt int
+	b      []byte
+	i      int
+	key    []byte // of the value at hand; valid until the next call
+	buf    []byte // unescaped text; valid until the next call
+	depth  int    // containers entered by object and list
+	parts  int    // passed to take
+	fresh  bool   // the container at hand has given nothing yet
+	bareAt int    // where the last NaN or infinity stood; -1: there was none
+	bad    bool
+	badAt  int
 }
 
 // maxScratch is how much of a buffer is kept from one document to the next.
@@ -79,7 +71,7 @@ func (s *scanner) reset(b []byte) {
 	if cap(buf) > maxScratch {
 		buf = nil
 	}
-	*s = scanner{b: b, buf: buf}
+	*s = scanner{b: b, buf: buf, bareAt: -1}
 	s.space()
 }
 
@@ -128,10 +120,6 @@ func (s *scanner) enter(open byte) bool {
 		s.skip()
 		return false
 	}
-	if s.depth == maxDepth {
-		s.fail()
-		return false
-	}
 	s.i++
 	s.depth++
 	s.fresh = true
@@ -170,7 +158,7 @@ func (s *scanner) separate(closing byte) bool {
 		s.depth--
 		s.fresh = false
 		return false
-	case s.fresh && c != 0:
+	case s.fresh:
 		s.fresh = false
 		return true
 	case c == ',':
@@ -200,18 +188,15 @@ func (s *scanner) str() []byte {
 }
 
 // text reads a string, or what a number or a boolean reads as: ids should be strings, and servers and nodes are not strict
-// about it. Null and containers are the empty text. The result is valid until the next call.
+// about it. Null, NaN, the infinities and containers are nil. The result is valid until the next call.
 func (s *scanner) text() []byte {
 	switch c := s.at(); {
 	case c == '"':
 		return s.str()
 	case c == '-' || '0' <= c && c <= '9' || c == 't' || c == 'f':
-		start, bare := s.i, s.bare
-		s.bare = false
+		start := s.i
 		s.skip()
-		isBare := s.bare
-		s.bare = s.bare || bare
-		if s.bad || isBare {
+		if s.bad || s.bareAt == start {
 			return nil
 		}
 		return s.b[start:s.i]
@@ -222,12 +207,11 @@ func (s *scanner) text() []byte {
 
 // number reads a number as a finite one: NaN as 0, the infinities and numbers too large as ±math.MaxFloat64. No number is 0.
 func (s *scanner) number() float64 {
-	switch token := s.numberToken(); {
-	case len(token) == 0 || token[0] == 'N':
+	token := s.numberToken()
+	if len(token) == 0 || token[0] == 'N' {
 		return 0
-	default:
-		return parseFloat(token)
 	}
+	return parseFloat(token)
 }
 
 // integer reads a number, its fraction cut off, and what does not fit as the nearest that does. No number is 0.
@@ -272,23 +256,25 @@ func (s *scanner) boolean() bool {
 
 // raw reads any value as a copy without NaN and Infinity.
 func (s *scanner) raw() []byte {
-	start, bare := s.i, s.bare
-	s.bare = false
+	start := s.i
 	s.skip()
-	b := s.copyFrom(start)
-	s.bare = s.bare || bare
-	return b
+	return s.copyFrom(start)
 }
 
-// copyFrom copies what was passed since start. The caller has cleared s.bare at start.
+// copyFrom copies what was passed since start, without NaN and Infinity.
 func (s *scanner) copyFrom(start int) []byte {
 	switch {
 	case s.bad:
 		return nil
-	case s.bare:
+	case s.bareAt >= start:
 		return Sanitize(s.b[start:s.i])
 	}
 	return bytes.Clone(s.b[start:s.i])
+}
+
+// rewind goes back to a value that was passed, depth containers deep.
+func (s *scanner) rewind(i, depth int) {
+	s.i, s.depth, s.bareAt = i, depth, -1
 }
 
 // The parts of one document that cost a decoder much more than the few bytes that they may stand in are counted: a part takes 16 bytes
@@ -429,7 +415,7 @@ func (s *scanner) scalarEnd(i int) int {
 		return end
 	case '-', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9':
 		if c == '-' && byteAt(b, i+1) == 'I' {
-			s.bare = true
+			s.bareAt = i
 			return literalEnd(b, i+1, "Infinity")
 		}
 		return numberEnd(b, i)
@@ -440,10 +426,10 @@ func (s *scanner) scalarEnd(i int) int {
 	case 'n':
 		return literalEnd(b, i, "null")
 	case 'N':
-		s.bare = true
+		s.bareAt = i
 		return literalEnd(b, i, "NaN")
 	case 'I':
-		s.bare = true
+		s.bareAt = i
 		return literalEnd(b, i, "Infinity")
 	}
 	return -1

@@ -183,3 +183,27 @@ func TestInternerIsBounded(t *testing.T) {
 		require.LessOrEqual(t, len(name), maxInternedLen)
 	}
 }
+
+// TestDecoderStaysSmall: one huge frame leaves nothing behind once the next has come.
+func TestDecoderStaysSmall(t *testing.T) {
+	t.Parallel()
+	d := NewDecoder()
+	long := `"\u0061` + strings.Repeat("x", 1<<20) + `"`
+	for _, frame := range []string{
+		`{"type": "executing", "data": {"prompt_id": ` + long + `, "node": ` + long + `}}`,
+		`{"type": "execution_cached", "data": {"nodes": [` + listOf(1<<17, `"1"`) + `]}}`,
+		`{"type": "progress_state", "data": {"nodes": {` + keysOf(1<<12, "{}") + `}}}`,
+		`{"type": "progress_state", "data": {"nodes": {"1": {}}}}`,
+	} {
+		_, _, ok := d.Peek([]byte(frame))
+		require.True(t, ok)
+		_, err := d.Text([]byte(frame))
+		require.NoError(t, err)
+	}
+	assert.LessOrEqual(t, cap(d.s.buf), maxScratch)
+	assert.LessOrEqual(t, cap(d.peeked), maxScratch)
+	assert.LessOrEqual(t, len(d.promptID), maxInternedLen)
+	assert.LessOrEqual(t, cap(d.texts), maxScratch/16)
+	assert.LessOrEqual(t, cap(d.nodes), 512)
+	assert.LessOrEqual(t, len(d.places), maxInterned)
+}

@@ -10,6 +10,7 @@ package wire
 import (
 	"encoding/json"
 	"slices"
+	"sync"
 )
 
 // Type is the type of a text frame.
@@ -135,6 +136,16 @@ type Decoder struct {
 
 func NewDecoder() *Decoder { return &Decoder{} }
 
+// decoders are those of documents that come one at a time, kept for their buffers and names.
+var decoders = sync.Pool{New: func() any { return NewDecoder() }}
+
+func borrow() *Decoder { return decoders.Get().(*Decoder) }
+
+func (d *Decoder) giveBack() {
+	d.release()
+	decoders.Put(d)
+}
+
 // Peek finds the type and the prompt id of a text frame and allocates nothing. The id is valid until the next call and as long as
 // the frame is. It is what Text would give as PromptID. ok is false when Text would fail.
 func (d *Decoder) Peek(frame []byte) (t Type, promptID []byte, ok bool) {
@@ -213,7 +224,7 @@ func (d *Decoder) Text(frame []byte) (Message, error) {
 	s.end()
 	if dataAt >= 0 && !s.bad && (!decoded || decodedAs != m.Type) {
 		m = Message{Type: m.Type, Name: m.Name, Remaining: -1}
-		s.i, s.depth = dataAt, 1
+		s.rewind(dataAt, 1)
 		d.data(&m)
 	}
 	if s.bad {
@@ -230,9 +241,12 @@ func (m *Message) complete() {
 	}
 }
 
-// release lets go of the frame.
+// release lets go of the frame, and of scratch that an unusual one has made large.
 func (d *Decoder) release() {
 	d.s.b, d.s.key = nil, nil
+	if cap(d.peeked) > maxScratch {
+		d.peeked = nil
+	}
 }
 
 // name reads the type of a message.
@@ -257,8 +271,7 @@ func (d *Decoder) nameText() []byte {
 // data reads the data of a message whose Type is set.
 func (d *Decoder) data(m *Message) {
 	s := &d.s
-	start, bare := s.i, s.bare
-	s.bare = false
+	start := s.i
 	m.complete()
 	if s.object() {
 		for s.next() {
@@ -289,12 +302,15 @@ func (d *Decoder) data(m *Message) {
 	if m.Type == Other || m.Type == FeatureFlags {
 		m.Raw = s.copyFrom(start)
 	}
-	s.bare = s.bare || bare
 }
 
 func (d *Decoder) prompt() string {
 	id := d.s.text()
-	if string(id) != d.promptID {
+	switch {
+	case string(id) == d.promptID:
+	case len(id) > maxInternedLen:
+		return string(id)
+	default:
 		d.promptID = d.names.str(id)
 	}
 	return d.promptID

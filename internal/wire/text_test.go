@@ -54,6 +54,10 @@ func TestText(t *testing.T) {
 			Message{Type: Executed, Node: "1", Output: json.RawMessage(`{"NaN": [null, "NaN"]}`)},
 		},
 		{
+			"NaN within what is decoded later", `{"data": {"output": ["NaN"], "z": Infinity}, "type": "executed", "x": NaN}`,
+			Message{Type: Executed, Output: json.RawMessage(`["NaN"]`)},
+		},
+		{
 			"NaN beside a clean output", `{"type": "executed", "data": {"x": NaN, "output": {"text": ["NaN"]}, "y": Infinity}}`,
 			Message{Type: Executed, Output: json.RawMessage(`{"text": ["NaN"]}`)},
 		},
@@ -95,8 +99,10 @@ func TestText(t *testing.T) {
 				c.want.Name = c.want.Type.String()
 			}
 			c.want.Remaining = -1
-			m, err := NewDecoder().Text([]byte(c.frame))
+			frame := []byte(c.frame)
+			m, err := NewDecoder().Text(frame)
 			require.NoError(t, err)
+			clear(frame) // as the next frame does
 			assert.Equal(t, c.want, m)
 			checkText(t, NewDecoder(), []byte(c.frame))
 		})
@@ -130,6 +136,9 @@ func TestTextMalformed(t *testing.T) {
 		"", " ", "null", "1", `"x"`, "[]", `[{"type": "status"}]`, "{", "}", `{"type"}`, `{"type":}`, `{"type": "x",}`, `{"type": "x"}}`, `{"type": "x"} x`,
 		`{"type": 'x'}`, `{type: "x"}`, `{"type": "x" "data": 1}`, `{"data": [1 2]}`, `{"data": [1,]}`, `{"data": {"a": 1]}`, `{"data": [}`, `{"data": {]}`,
 		`{"data": 01}`, `{"data": 1.}`, `{"data": -}`, `{"data": nan}`, `{"data": -NaN}`, `{"data": Infinit}`, `{"data": undefined}`, `{"data": "\x"}`, "{\"data\": \"\n\"}",
+		`{"type": "execution_cached", "data": {"nodes": ["1"}}}`, `{"type": "execution_cached", "data": {"nodes": ["1"}]}`, `{"type": "execution_cached", "data": {"nodes": [}}`,
+		`{"type": "progress", "data": {"value": 1]`, `{"type": "progress", "data": {]}`, `{"type": "progress", "data": {"value": 1,}}`, `{"type": "execution_cached", "data": {"nodes": [,]}}`,
+		`{"type": "execution_cached", "data": {"nodes": ["1" "2"]}}`, `{"type": "execution_cached", "data": {"nodes": ["1",]}}`,
 		"\xef\xbb\xbf{}", "{}\x00", "not json", "<html>",
 	} {
 		m, err := NewDecoder().Text([]byte(frame))

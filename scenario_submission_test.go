@@ -1,0 +1,436 @@
+package comfyui_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/comfypod/comfyui"
+	"github.com/comfypod/comfyui/comfyuitest"
+)
+
+// bench is a pod and a client in a bubble, where time is virtual and the default timing costs nothing.
+type bench struct {
+	t   *testing.T
+	pod *comfyuitest.Pod
+	ctx context.Context
+}
+
+func bubble(t *testing.T, f func(b *bench), opts ...comfyuitest.Option) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		pod := comfyuitest.NewPod(append([]comfyuitest.Option{
+			comfyuitest.WithPipes(),
+			comfyuitest.WithNode("Work", comfyuitest.Steps(4, 500*time.Millisecond)),
+			comfyuitest.WithNode("Long", comfyuitest.Steps(60, time.Second)),
+		}, opts...)...)
+		defer pod.Close()
+		ctx, cancel := context.WithTimeout(t.Context(), time.Hour)
+		defer cancel()
+		f(&bench{t, pod, ctx})
+	})
+}
+
+func (b *bench) client(opts ...comfyui.Option) *comfyui.PodClient {
+	b.t.Helper()
+	c, err := comfyui.NewPodClient(b.pod.URL(), append([]comfyui.Option{comfyui.WithHTTPClient(b.pod.Client())}, opts...)...)
+	require.NoError(b.t, err)
+	b.t.Cleanup(func() { _ = c.Close() })
+	return c
+}
+
+// graphOf is a workflow of one node of a class.
+func graphOf(t *testing.T, class string, seed int) *comfyui.Workflow {
+	t.Helper()
+	w, err := comfyui.ParseWorkflow(fmt.Appendf(nil, `{"1":{"class_type":%q,"inputs":{"seed":%d}}}`, class, seed))
+	require.NoError(t, err)
+	return w
+}
+
+// ranOnce asserts what the promise is about: one prompt, posted and run once.
+func (b *bench) ranOnce() comfyuitest.Prompt {
+	b.t.Helper()
+	prompts := b.pod.Prompts()
+	require.Len(b.t, prompts, 1)
+	assert.Equal(b.t, 1, prompts[0].Runs, "runs")
+	return prompts[0]
+}
+
+func succeeded(t *testing.T, r *comfyui.Result, err error) {
+	t.Helper()
+	require.NoError(t, err)
+	require.Equal(t, comfyui.StatusSucceeded, r.Status)
+	require.NotEmpty(t, r.Outputs)
+}
+
+func TestS1PostReplyLost(t *testing.T) {
+	t.Parallel()
+	for _, version := range []string{"0.3.40", "0.3.64", "0.27.0", "0.33.0"} {
+		for name, fault := range map[string]comfyuitest.Fault{
+			"reset":     {Route: "POST /prompt", Effect: comfyuitest.DropAfter},
+			"502":       {Route: "POST /prompt", Effect: comfyuitest.AnswerAfter, Status: 502, Body: "<html>bad gateway</html>"},
+			"524":       {Route: "POST /prompt", Effect: comfyuitest.AnswerAfter, Status: 524},
+			"half":      {Route: "POST /prompt", Effect: comfyuitest.Truncate},
+			"no JSON":   {Route: "POST /prompt", Effect: comfyuitest.AnswerAfter, Status: 200, Body: "ok"},
+			"never":     {Route: "POST /prompt", Effect: comfyuitest.Hang, Times: 1},
+			"own 500":   {Route: "POST /prompt", Effect: comfyuitest.AnswerAfter, Status: 500, Body: "500 Internal Server Error\n\nServer got itself in trouble"},
+			"too late":  {Route: "POST /prompt", Effect: comfyuitest.AnswerBefore, Status: 504, Delay: 3 * time.Second},
+			"two in it": {Route: "POST /prompt", Effect: comfyuitest.DropAfter, Times: 2},
+		} {
+			for _, stream := range []bool{true, false} {
+				t.Run(fmt.Sprintf("%s/%s/stream=%t", version, name, stream), func(t *testing.T) {
+					t.Parallel()
+					bubble(t, func(b *bench) {
+						if !stream {
+							b.pod.RefuseStreams(http.StatusForbidden)
+						}
+						b.pod.Inject(fault)
+						c := b.client()
+						r, err := c.Execute(b.ctx, graphOf(t, "Work", 1))
+						succeeded(t, r, err)
+						b.ranOnce()
+						assert.Positive(t, c.Stats().AmbiguousPosts+c.Stats().Submitted)
+					}, comfyuitest.WithVersion(version))
+				})
+			}
+		}
+	}
+}
+
+func TestS2PostAppearsLater(t *testing.T) {
+	t.Parallel()
+	for _, late := range []time.Duration{time.Second, 5 * time.Second, 9 * time.Second} {
+		t.Run(late.String(), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.AnswerBefore, Status: 524, Delay: late})
+				c := b.client()
+				r, err := c.Execute(b.ctx, graphOf(t, "Work", 1))
+				succeeded(t, r, err)
+				p := b.ranOnce()
+				assert.Equal(t, 1, p.Posts)
+				assert.EqualValues(t, 1, c.Stats().AmbiguousPosts)
+			})
+		})
+	}
+}
+
+// A request that a proxy held for longer than the grace period arrives beside its repeat: one of the two is taken out.
+func TestS2PostAppearsAfterTheGracePeriod(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		blocker, err := b.client(comfyui.WithClientID("other")).Submit(b.ctx, graphOf(t, "Long", 1))
+		require.NoError(t, err)
+		b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.AnswerBefore, Status: 524, Delay: 15 * time.Second})
+		c := b.client()
+		r, err := c.Execute(b.ctx, graphOf(t, "Work", 2))
+		succeeded(t, r, err)
+		assert.EqualValues(t, 1, c.Stats().DuplicatesRemoved)
+		assert.Equal(t, 1, b.pod.Runs(r.PromptID))
+		_, err = blocker.Wait(b.ctx)
+		require.NoError(t, err)
+	})
+}
+
+func TestS3PostThatNeverLeft(t *testing.T) {
+	t.Parallel()
+	t.Run("dial refused, then up", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(b *bench) {
+			b.pod.Restart(3 * time.Second)
+			c := b.client()
+			r, err := c.Execute(b.ctx, graphOf(t, "Work", 1))
+			succeeded(t, r, err)
+			assert.Equal(t, 1, b.ranOnce().Posts)
+			assert.Zero(t, c.Stats().AmbiguousPosts, "what never left is not ambiguous")
+		})
+	})
+	t.Run("a proxy's 502 proves nothing", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(b *bench) {
+			b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.Answer, Status: 502, Times: 2})
+			c := b.client()
+			r, err := c.Execute(b.ctx, graphOf(t, "Work", 1))
+			succeeded(t, r, err)
+			assert.Equal(t, 1, b.ranOnce().Posts)
+			assert.EqualValues(t, 2, c.Stats().AmbiguousPosts)
+		})
+	})
+	t.Run("a pod that stays away", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(b *bench) {
+			b.pod.Restart(time.Hour)
+			_, err := b.client().Execute(b.ctx, graphOf(t, "Work", 1))
+			require.Error(t, err)
+			assert.Equal(t, comfyui.CategoryNetwork, comfyui.CategoryOf(err))
+			assert.Empty(t, b.pod.Prompts())
+		})
+	})
+}
+
+func TestS4OldPodIgnoresThePromptID(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		c := b.client()
+		j, err := c.Submit(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("mine"))
+		require.NoError(t, err)
+		r, err := j.Wait(b.ctx)
+		succeeded(t, r, err)
+		p := b.ranOnce()
+		assert.Equal(t, p.ID, r.PromptID, "the pod's id is adopted")
+		var marker struct {
+			JobID   string `json:"job_id"`
+			Attempt int    `json:"attempt"`
+		}
+		require.NoError(t, json.Unmarshal(p.ExtraData["comfyui_go"], &marker))
+		assert.Equal(t, "mine", marker.JobID)
+		assert.Equal(t, 1, marker.Attempt)
+	}, comfyuitest.WithVersion("0.3.40"))
+}
+
+// After a lost reply the job is found by its marker, even when it has ended by then.
+func TestS4OldPodLostReplyOfAShortJob(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		b.pod.RefuseStreams(http.StatusForbidden)
+		b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.AnswerAfter, Status: 524})
+		r, err := b.client().Execute(b.ctx, graphOf(t, "Quick", 1))
+		succeeded(t, r, err)
+		assert.Equal(t, b.ranOnce().ID, r.PromptID)
+	}, comfyuitest.WithVersion("0.3.40"), comfyuitest.WithNode("Quick", comfyuitest.Steps(0, 0)))
+}
+
+func TestS5DuplicateIDQueuedBehindA500(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		b.pod.Inject(comfyuitest.Fault{
+			Route: "POST /prompt", Effect: comfyuitest.AnswerAfter, Status: 500, Body: "500 Internal Server Error\n\nServer got itself in trouble",
+		})
+		c := b.client()
+		r, err := c.Execute(b.ctx, graphOf(t, "Work", 1))
+		succeeded(t, r, err)
+		assert.Equal(t, 1, b.ranOnce().Posts)
+	})
+}
+
+func TestS5ConflictMeansAccepted(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.AnswerAfter, Status: 409, Body: `{"error":"prompt_id already exists"}`})
+		r, err := b.client().Execute(b.ctx, graphOf(t, "Work", 1))
+		succeeded(t, r, err)
+		assert.Equal(t, 1, b.ranOnce().Posts)
+	})
+}
+
+// An equal id is never posted with an equal number: the pod's heap would compare the graphs, which can kill its worker.
+func TestS5RepeatedPostNudgesTheNumber(t *testing.T) {
+	t.Parallel()
+	var numbers []float64
+	spy := comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodPost && strings.HasSuffix(r.URL.Path, "/prompt") {
+				var body struct {
+					Number float64 `json:"number"`
+				}
+				if err := json.NewDecoder(r.Body).Decode(&body); err != nil {
+					t.Error(err)
+				}
+				numbers = append(numbers, body.Number)
+				w.WriteHeader(http.StatusBadGateway)
+				return
+			}
+			next.ServeHTTP(w, r)
+		})
+	})
+	bubble(t, func(b *bench) {
+		policy := comfyui.RetryPolicy{MaxAttempts: 3}
+		_, err := b.client(comfyui.WithRetry(comfyui.CategoryUnavailable, policy)).Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithNumber(-5))
+		require.Error(t, err)
+		require.Len(t, numbers, 3)
+		assert.Equal(t, -5.0, numbers[0])
+		assert.Less(t, numbers[0], numbers[1])
+		assert.Less(t, numbers[1], numbers[2])
+		assert.InDelta(t, -5, numbers[2], 1e-9, "by the least step")
+	}, spy)
+}
+
+const partlyValid = `{
+	"1":{"class_type":"EmptyImage","inputs":{"width":16,"height":16,"batch_size":1,"color":0}},
+	"2":{"class_type":"SaveImage","inputs":{"images":["1",0],"filename_prefix":"good"}},
+	"3":{"class_type":"EmptyImage","inputs":{"width":-1,"height":16,"batch_size":1,"color":0}},
+	"4":{"class_type":"SaveImage","inputs":{"images":["3",0],"filename_prefix":"bad"}}
+}`
+
+func TestS6PartlyValid(t *testing.T) {
+	t.Parallel()
+	w, err := comfyui.ParseWorkflow([]byte(partlyValid))
+	require.NoError(t, err)
+	t.Run("refused", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(b *bench) {
+			// Something runs before it, so that what the pod accepted of it can be seen to be cancelled.
+			first, err := b.client(comfyui.WithClientID("other")).Submit(b.ctx, graphOf(t, "Long", 1))
+			require.NoError(t, err)
+			r, err := b.client().Execute(b.ctx, w)
+			var invalid *comfyui.ValidationError
+			require.ErrorAs(t, err, &invalid)
+			assert.Contains(t, invalid.Nodes, "3")
+			require.NotNil(t, r)
+			assert.Equal(t, comfyui.StatusFailed, r.Status)
+			_, err = first.Wait(b.ctx)
+			require.NoError(t, err)
+			require.NoError(t, b.pod.WaitIdle(b.ctx))
+			assert.Zero(t, b.pod.Runs(r.PromptID), "the rest was cancelled")
+		})
+	})
+	t.Run("allowed", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(b *bench) {
+			r, err := b.client().Execute(b.ctx, w, comfyui.AllowPartial())
+			succeeded(t, r, err)
+			require.Len(t, r.Warnings, 1)
+			var invalid *comfyui.ValidationError
+			require.ErrorAs(t, r.Warnings[0], &invalid)
+			require.Len(t, r.Outputs, 1)
+			assert.Equal(t, "2", r.Outputs[0].Node)
+		})
+	})
+}
+
+func TestS7RefusedByValidation(t *testing.T) {
+	t.Parallel()
+	t.Run("by node", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(b *bench) {
+			w, err := comfyui.ParseWorkflow([]byte(strings.ReplaceAll(partlyValid, `"width":16`, `"width":-1`)))
+			require.NoError(t, err)
+			c := b.client()
+			r, err := c.Execute(b.ctx, w)
+			var invalid *comfyui.ValidationError
+			require.ErrorAs(t, err, &invalid)
+			assert.Contains(t, invalid.Nodes, "1")
+			assert.Contains(t, invalid.Nodes, "3")
+			assert.Equal(t, "value_smaller_than_min", invalid.Nodes["1"].Errors[0].Type)
+			assert.Equal(t, comfyui.CategoryValidation, comfyui.CategoryOf(err))
+			assert.False(t, comfyui.CategoryOf(err).Retryable())
+			require.NotNil(t, r)
+			assert.Equal(t, 1, b.pod.Requests("POST /prompt"))
+			_, err = c.Submit(b.ctx, w)
+			require.ErrorAs(t, err, &invalid, "Submit tells it at once")
+		})
+	})
+	t.Run("old shape", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(b *bench) {
+			b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Status: 400, Body: `{"error":"Prompt has no outputs","node_errors":[]}`, Header: http.Header{"Content-Type": {"application/json"}}})
+			_, err := b.client().Execute(b.ctx, graphOf(t, "Work", 1))
+			var invalid *comfyui.ValidationError
+			require.ErrorAs(t, err, &invalid)
+			assert.Contains(t, err.Error(), "Prompt has no outputs")
+			assert.Equal(t, 1, b.pod.Requests("POST /prompt"))
+		})
+	})
+}
+
+func TestS8StartBeforeTheReply(t *testing.T) {
+	t.Parallel()
+	for _, version := range []string{"0.3.40", "0.33.0"} {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			slow := comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if r.Method == http.MethodPost && strings.HasSuffix(r.URL.Path, "/prompt") {
+						answer := httptest.NewRecorder()
+						next.ServeHTTP(answer, r)
+						time.Sleep(time.Second) // the pod has begun; its answer is on its way
+						for k, v := range answer.Header() {
+							w.Header()[k] = v
+						}
+						w.WriteHeader(answer.Code)
+						_, _ = w.Write(answer.Body.Bytes())
+						return
+					}
+					next.ServeHTTP(w, r)
+				})
+			})
+			bubble(t, func(b *bench) {
+				j, err := b.client().Submit(b.ctx, graphOf(t, "Work", 1))
+				require.NoError(t, err)
+				var kinds []comfyui.EventKind
+				for ev := range j.Events(b.ctx) {
+					kinds = append(kinds, ev.Kind)
+				}
+				r, err := j.Wait(b.ctx)
+				succeeded(t, r, err)
+				b.ranOnce()
+				assert.Contains(t, kinds, comfyui.EventProgress)
+				assert.False(t, r.StartedAt.IsZero())
+			}, slow, comfyuitest.WithVersion(version))
+		})
+	}
+}
+
+func TestS9PagesAndRedirectsOnPost(t *testing.T) {
+	t.Parallel()
+	var leaked atomic.Int32
+	elsewhere := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Authorization") != "" {
+			leaked.Add(1)
+		}
+	}))
+	t.Cleanup(elsewhere.Close)
+	for name, tc := range map[string]struct {
+		status   int
+		body     string
+		header   http.Header
+		category comfyui.Category
+	}{
+		"413 of nginx":          {413, "<html><title>413 Request Entity Too Large</title></html>", http.Header{"Content-Type": {"text/html"}}, comfyui.CategoryTooLarge},
+		"401":                   {401, "", nil, comfyui.CategoryAuth},
+		"403 page":              {403, "<html>Forbidden</html>", nil, comfyui.CategoryAuth},
+		"302 to a login page":   {302, "", http.Header{"Location": {elsewhere.URL + "/login"}}, comfyui.CategoryAuth},
+		"429 with a time given": {429, "", http.Header{"Retry-After": {"1"}}, comfyui.CategoryOverloaded},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			pod := comfyuitest.Start(t)
+			pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Status: tc.status, Body: tc.body, Header: tc.header, Times: -1})
+			c, err := comfyui.NewPodClient(pod.URL(), comfyui.WithBearerToken("sesame"), comfyui.WithRetry(comfyui.CategoryOverloaded, comfyui.RetryPolicy{}))
+			require.NoError(t, err)
+			defer c.Close()
+			w, err := comfyui.ParseWorkflow([]byte(partlyValid))
+			require.NoError(t, err)
+			_, err = c.Execute(t.Context(), w)
+			require.Error(t, err)
+			assert.Equal(t, tc.category, comfyui.CategoryOf(err), "%v", err)
+			assert.NotContains(t, err.Error(), "sesame")
+			assert.NotContains(t, err.Error(), "<html>")
+			assert.Equal(t, 1, pod.Requests("POST /prompt"))
+		})
+	}
+	t.Cleanup(func() { assert.Zero(t, leaked.Load()) })
+}
+
+func TestS10UIFormatIsRefusedBeforeAnyPost(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		w, err := comfyui.ParseWorkflow([]byte(`{"last_node_id":1,"nodes":[{"id":1,"type":"SaveImage","inputs":[],"widgets_values":[]}],"links":[],"version":0.4}`))
+		require.NoError(t, err)
+		_, err = b.client().Execute(b.ctx, w)
+		require.Error(t, err)
+		assert.Equal(t, comfyui.CategoryValidation, comfyui.CategoryOf(err))
+		assert.Contains(t, err.Error(), "API")
+		assert.Zero(t, b.pod.Requests(""))
+	})
+}
