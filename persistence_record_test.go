@@ -236,8 +236,8 @@ func TestMemoryStoreZeroValue(t *testing.T) {
 	ctx := t.Context()
 	_, err := s.Get(ctx, "job")
 	require.ErrorIs(t, err, ErrJobNotFound)
-	for range s.Unfinished(ctx, "") {
-		t.Fatal("a record in an empty store")
+	for r, err := range s.Unfinished(ctx, "") {
+		t.Fatalf("an element in an empty store: %v, %v", r, err)
 	}
 	_, err = s.Create(ctx, fullRecord(), time.Minute)
 	require.NoError(t, err)

@@ -77,7 +77,7 @@ type droppingProxy struct {
 
 func startDroppingProxy(t *testing.T, target string, every int64) *droppingProxy {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	require.NoError(t, err)
 	p := &droppingProxy{listener: listener, target: target, every: every}
 	p.conns.Go(p.serve)
@@ -379,7 +379,7 @@ func TestRedisStoreOnAHungRedis(t *testing.T) {
 // The same on sockets, where calls wait for the only connection too.
 func TestRedisStoreOnAHungRedisWithOneConnection(t *testing.T) {
 	t.Parallel()
-	listener, err := net.Listen("tcp", "127.0.0.1:0") // the kernel accepts, and nobody answers
+	listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0") // the kernel accepts, and nobody answers
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = listener.Close() })
 	client := redis.NewClient(&redis.Options{Addr: listener.Addr().String(), PoolSize: 1, ReadTimeout: -1})
@@ -927,7 +927,8 @@ func TestS39RedisLosesItsLastWrites(t *testing.T) {
 		require.NoError(t, err)
 		return stored
 	}
-	moved, ended, cancelled := create("moved", 0), create("ended", time.Hour), create("cancelled", time.Hour)
+	moved, ended := create("moved", 0), create("ended", time.Hour)
+	create("cancelled", time.Hour)
 	write(create("reopened", time.Hour), comfyui.StatusFailed)
 	require.NoError(t, client.Save(ctx).Err())
 
@@ -936,7 +937,7 @@ func TestS39RedisLosesItsLastWrites(t *testing.T) {
 	claimed, err := s.Claim(ctx, "moved", "b", time.Hour)
 	require.NoError(t, err)
 	endWritten := write(ended, comfyui.StatusSucceeded)
-	cancelled, err = s.RequestCancel(ctx, "cancelled")
+	cancelled, err := s.RequestCancel(ctx, "cancelled")
 	require.NoError(t, err)
 	rerun, err := s.Claim(ctx, "reopened", "b", time.Hour)
 	require.NoError(t, err)

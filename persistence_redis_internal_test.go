@@ -33,8 +33,14 @@ func FuzzRedisReplies(f *testing.F) {
 		w, err := redisWriteOf(in)
 		require.NoError(t, err)
 		for _, reply := range []any{
-			[]any{verdict, []any{owner, epoch, rev, lease, cancel, record, workflow}}, []any{verdict, owner}, []any{verdict, []any{owner, nil, rev}}, []any{verdict},
-			[]any{[]any{verdict}}, verdict, nil, int64(1),
+			[]any{verdict, []any{owner, epoch, rev, lease, cancel, record, workflow}},
+			[]any{verdict, owner},
+			[]any{verdict, []any{owner, nil, rev}},
+			[]any{verdict},
+			[]any{[]any{verdict}},
+			verdict,
+			nil,
+			int64(1),
 		} {
 			for _, written := range []*redisWrite{w, nil} {
 				a, err := answerOf(reply)
