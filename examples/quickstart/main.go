@@ -111,8 +111,9 @@ func parseArgs(args []string, help io.Writer) (*options, error) {
 // program is one run.
 type program struct {
 	*options
-	stdout io.Writer
-	screen *screen
+	stdout  io.Writer
+	screen  *screen
+	polling bool // the WebSocket is lost
 }
 
 func (p *program) run(ctx context.Context) error {
@@ -325,11 +326,21 @@ func (p *program) show(ev comfyui.Event) {
 	case comfyui.EventPreview:
 		p.keepPreview(ev.Preview)
 	case comfyui.EventStream:
-		if ev.Stream == comfyui.StreamDown || ev.Stream == comfyui.StreamDeaf {
-			p.screen.say("the pod's WebSocket is %s: the job is followed by polling meanwhile", ev.Stream)
-		}
+		p.tellStream(ev.Stream)
 	}
 	p.screen.progress(ev.Progress)
+}
+
+// tellStream tells of each outage once, not of every attempt to end it.
+func (p *program) tellStream(state comfyui.StreamState) {
+	switch lost := state == comfyui.StreamDown || state == comfyui.StreamDeaf; {
+	case lost && !p.polling:
+		p.screen.say("the pod's WebSocket is %s: the job is followed by polling meanwhile", state)
+		p.polling = true
+	case state == comfyui.StreamUp && p.polling:
+		p.screen.say("the pod's WebSocket is up again")
+		p.polling = false
+	}
 }
 
 func (p *program) keepPreview(preview *comfyui.Preview) {

@@ -340,6 +340,38 @@ func TestInterruptedByTheTerminal(t *testing.T) {
 	assert.Equal(t, 1, pod.Prompts()[0].Interrupts)
 }
 
+// The job goes on when the socket does not; the outage is told once.
+func TestFollowsWithoutASocket(t *testing.T) {
+	t.Parallel()
+	release := make(chan struct{})
+	pod := comfyuitest.Start(t, comfyuitest.WithNode("Slow", comfyuitest.Node{Output: true, Run: func(ctx context.Context, c *comfyuitest.Call) error {
+		select {
+		case <-release:
+		case <-ctx.Done():
+		}
+		c.Save("images", "output", "a.png", []byte("made"))
+		return ctx.Err()
+	}}))
+	pod.RefuseStreams(http.StatusForbidden)
+	dir := t.TempDir()
+	graph := filepath.Join(dir, "slow.json")
+	require.NoError(t, os.WriteFile(graph, []byte(`{"1": {"class_type": "Slow", "inputs": {}}}`), 0o600))
+	told := false
+	stderr := &watched{seen: func(line string) {
+		if strings.Contains(line, "followed by polling") && !told {
+			told = true
+			close(release)
+		}
+	}}
+	var stdout bytes.Buffer
+	bounded, stop := context.WithTimeout(t.Context(), time.Minute)
+	defer stop()
+	status := run(bounded, []string{"-pod", pod.URL(), "-out", dir, "-workflow", graph}, &stdout, stderr)
+	assert.Equal(t, 0, status, stderr.String())
+	assert.Equal(t, filepath.Join(dir, "a.png")+"\n", stdout.String())
+	assert.Equal(t, 1, strings.Count(stderr.String(), "followed by polling"), stderr.String())
+}
+
 func TestHelp(t *testing.T) {
 	t.Parallel()
 	got := runProgram(t.Context(), "-h")
