@@ -66,7 +66,7 @@ type submission struct {
 	secrets    map[string]any
 	number     *float64
 	lease      *lease
-	patience   context.Context //nolint:containedctx // ends when no further POST is wanted
+	patience   context.Context
 	seen       <-chan struct{} // closed: the stream has shown the prompt
 	posts      int
 }
@@ -641,7 +641,6 @@ const (
 )
 
 func (r *reconciler) run(ctx context.Context) {
-	r.spots = make(map[string]spot, len(r.wanted))
 	if !r.heavy || len(r.wanted) > fewJobs || !r.lookSingly(ctx) {
 		r.lookAtQueue(ctx)
 	}
@@ -656,6 +655,7 @@ func (r *reconciler) run(ctx context.Context) {
 // lookSingly asks for each job; false: this pod cannot do that.
 func (r *reconciler) lookSingly(ctx context.Context) bool {
 	start := time.Now()
+	r.spots = make(map[string]spot, len(r.wanted))
 	for _, w := range r.wanted {
 		job, supported, err := r.endpoint.apiJob(ctx, w.promptID)
 		if err != nil || !supported {
@@ -721,6 +721,7 @@ func (r *reconciler) lookAtQueue(ctx context.Context) {
 	for i := range pending {
 		take(&pending[i], placePending, len(running)+i)
 	}
+	r.spots = make(map[string]spot, len(byPrompt))
 	for id, s := range byPrompt {
 		r.spots[id] = *s
 	}

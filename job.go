@@ -356,7 +356,7 @@ type Result struct {
 }
 
 func resultOf(r *Record, c *PodClient) *Result {
-	outs := slices.Clone(r.Outputs)
+	outs := append(make([]Output, 0, len(r.Outputs)), r.Outputs...) // in JSON a list, also when it is empty
 	for i := range outs {
 		outs[i].pod = c
 	}

@@ -620,6 +620,7 @@ func (e *emitter) cachedAfterwards(nodes []string) {
 			e.s.rec.CachedNodes = append(e.s.rec.CachedNodes, id)
 		}
 	}
+	e.s.sum()
 }
 
 // ended takes a terminal message, of the history or, failing that, of the stream.
