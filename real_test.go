@@ -279,6 +279,10 @@ func cachedNodes(history string) string {
 	return found[1]
 }
 
+func isStream(state comfyui.StreamState) func(comfyui.Event) bool {
+	return func(e comfyui.Event) bool { return e.Kind == comfyui.EventStream && e.Stream == state }
+}
+
 // recorder keeps a job's events.
 type recorder struct {
 	more chan struct{}
@@ -303,25 +307,37 @@ func (rec *recorder) all() []comfyui.Event {
 	return slices.Clone(rec.events)
 }
 
-// until waits for an event.
-func (rec *recorder) until(r *realRun, what string, is func(comfyui.Event) bool) comfyui.Event {
-	r.Helper()
-	for {
-		events := rec.all()
-		if i := slices.IndexFunc(events, is); i >= 0 {
-			return events[i]
+func (rec *recorder) count(are func(comfyui.Event) bool) int {
+	n := 0
+	for _, e := range rec.all() {
+		if are(e) {
+			n++
 		}
+	}
+	return n
+}
+
+// until waits for an event.
+func (rec *recorder) until(r *realRun, what string, is func(comfyui.Event) bool) {
+	r.Helper()
+	rec.untilSo(r, what, 1, is)
+}
+
+// untilSo waits for so many events.
+func (rec *recorder) untilSo(r *realRun, what string, many int, are func(comfyui.Event) bool) {
+	r.Helper()
+	for rec.count(are) < many {
 		select {
 		case <-rec.more:
 		case <-r.ctx.Done():
-			require.Fail(r, "no event", "%s: got %v", what, kindsOf(events))
+			require.Fail(r, "no such event", "%d × %s: got %v", many, what, kindsOf(rec.all()))
 		}
 	}
 }
 
-func (rec *recorder) untilKind(r *realRun, kind comfyui.EventKind) comfyui.Event {
+func (rec *recorder) untilKind(r *realRun, kind comfyui.EventKind) {
 	r.Helper()
-	return rec.until(r, string(kind), func(e comfyui.Event) bool { return e.Kind == kind })
+	rec.until(r, string(kind), func(e comfyui.Event) bool { return e.Kind == kind })
 }
 
 func kindsOf(events []comfyui.Event) []comfyui.EventKind {
@@ -1021,7 +1037,7 @@ func (r *realRun) cancelled(j *comfyui.Job, rec *recorder) *comfyui.Result {
 
 func (r *realRun) cancelPending() {
 	c := r.client()
-	blocker, rec := r.running(c, r.slow(12, 0.2, nil))
+	blocker, _ := r.running(c, r.slow(12, 0.2, nil))
 	j, jrec := r.follow(c, r.picture(fresh()))
 	other := r.submit(c, r.picture(fresh()))
 	require.NoError(r, j.Cancel(r.ctx))
@@ -1033,7 +1049,6 @@ func (r *realRun) cancelPending() {
 		require.NoError(r, err)
 		r.ranOnce(result)
 	}
-	_ = rec
 	require.NoError(r, other.Cancel(r.ctx), "after the end")
 	_, err := other.Wait(r.ctx)
 	require.NoError(r, err)
@@ -1138,30 +1153,29 @@ func (r *realRun) closedAndRecovered() {
 	require.ErrorIs(r, err, comfyui.ErrClosed)
 
 	second := r.client(comfyui.WithStore(store))
-	results := map[string]*comfyui.Result{}
+	var ids []string
 	for recovered, err := range second.Recover(r.ctx) {
 		require.NoError(r, err)
 		r.jobs = append(r.jobs, recovered)
-		results[recovered.ID()] = nil
+		ids = append(ids, recovered.ID())
 	}
-	require.Len(r, results, 2)
-	for id := range results {
+	require.ElementsMatch(r, []string{j.ID(), pending.ID()}, ids)
+	again, err := second.Attach(r.ctx, j.ID())
+	require.NoError(r, err)
+	steps := 0
+	for e := range again.Events(r.ctx) {
+		if e.Source == comfyui.SourceStream && e.Progress.Step > 0 {
+			steps++
+		}
+	}
+	assert.Positive(r, steps, "progress under the former client id")
+	for _, id := range ids {
 		again, err := second.Attach(r.ctx, id)
 		require.NoError(r, err)
-		steps := 0
-		for e := range again.Events(r.ctx) {
-			if e.Source == comfyui.SourceStream && e.Progress.Step > 0 {
-				steps++
-			}
-		}
-		if id == j.ID() {
-			assert.Positive(r, steps, "progress under the former client id")
-		}
 		result, err := again.Wait(r.ctx)
 		require.NoError(r, err)
 		r.ranOnce(result)
 	}
-	assert.Contains(r, results, pending.ID())
 }
 
 // frozen: the pod says nothing for seconds and is fine.
@@ -1189,22 +1203,12 @@ func (r *realRun) socketCut() {
 			c := r.clientOf(proxy.URL, hasty, comfyui.WithPreviews())
 			defer c.Close()
 			j, rec := r.follow(c, r.slow(40, 0.2, inputs{"preview": "jpeg"}))
-			for cut := range 2 {
-				seen := 0
-				rec.until(r, "steps", func(e comfyui.Event) bool {
-					if e.Kind == comfyui.EventProgress && e.Source == comfyui.SourceStream {
-						seen++
-					}
-					return seen > 5*(cut+1)
-				})
+			for range 2 {
+				onSocket := func(e comfyui.Event) bool { return e.Source == comfyui.SourceStream }
+				rec.untilSo(r, "steps over the socket", rec.count(onSocket)+5, onSocket)
+				ups := rec.count(isStream(comfyui.StreamUp))
 				require.Equal(r, 1, proxy.cutSockets(how))
-				states := 0
-				rec.until(r, "the socket's end and another", func(e comfyui.Event) bool {
-					if e.Kind == comfyui.EventStream && e.Stream == comfyui.StreamUp {
-						states++
-					}
-					return states > cut // the first comes before the job, or with it
-				})
+				rec.untilSo(r, "another socket", ups+1, isStream(comfyui.StreamUp))
 			}
 			result, _, err := r.end(j, rec)
 			require.NoError(r, err)
@@ -1310,7 +1314,7 @@ func (r *realRun) unreachable() {
 	long, rec := r.running(c, r.slow(10, 0.2, nil))
 	short := r.submit(c, r.picture(fresh()))
 	back := proxy.leave()
-	rec.until(r, "the socket's end", func(e comfyui.Event) bool { return e.Kind == comfyui.EventStream && e.Stream == comfyui.StreamDown })
+	rec.until(r, "the socket's end", isStream(comfyui.StreamDown))
 	direct := r.client()
 	require.Eventually(r, func() bool { // the pod itself tells when it is over
 		_, err := direct.History(r.ctx, short.PromptID())

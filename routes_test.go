@@ -1258,7 +1258,9 @@ func TestDialer(t *testing.T) {
 func TestDialerBesideTheFirstRequest(t *testing.T) {
 	t.Parallel()
 	for range 20 {
-		c := serve(t, func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, `{"exec_info":{"queue_remaining":0}}`) })
+		c := serve(t, func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, `{"exec_info":{"queue_remaining":0}}`)
+		})
 		var wg sync.WaitGroup
 		wg.Go(func() { assert.Nil(t, c.endpoint.dialer().Jar) })
 		wg.Go(func() {
