@@ -66,7 +66,7 @@ type submission struct {
 	secrets    map[string]any
 	number     *float64
 	lease      *lease
-	patience   context.Context //nolint:containedctx // ends when no further POST is wanted
+	patience   context.Context
 	seen       <-chan struct{} // closed: the stream has shown the prompt
 	posts      int
 }
@@ -150,9 +150,7 @@ func (t *tracker) pump() {
 
 func (t *tracker) post(j *tracked) {
 	now := time.Now()
-	if j.rec.AttemptAt.IsZero() {
-		j.rec.AttemptAt = now
-	}
+	j.rec.AttemptAt = now
 	patience, enough := context.WithCancelCause(t.ctx)
 	found := make(chan struct{})
 	j.posting.busy, j.posting.enough, j.posting.found = true, enough, found
@@ -164,7 +162,7 @@ func (t *tracker) post(j *tracked) {
 	if j.look {
 		s.attempts = t.allAttempts(j)
 		if j.rec.Epoch > 1 {
-			s.graceUntil = minTime(j.rec.AttemptAt, now).Add(max(0, t.timing.Grace))
+			s.graceUntil = j.claimedAt.Add(max(0, t.timing.Grace))
 		}
 	} else {
 		s.attempts = []sought{{j.rec.JobID, j.rec.PromptID, j.rec.Attempt}}
@@ -175,13 +173,6 @@ func (t *tracker) post(j *tracked) {
 		result := s.run(ctx)
 		return func() { t.submitted(id, attempt, j, result) }
 	})
-}
-
-func minTime(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return a
-	}
-	return b
 }
 
 // allAttempts are the prompts under which the pod may know the job, the newest first: when a record was lost, its attempts
@@ -650,7 +641,6 @@ const (
 )
 
 func (r *reconciler) run(ctx context.Context) {
-	r.spots = make(map[string]spot, len(r.wanted))
 	if !r.heavy || len(r.wanted) > fewJobs || !r.lookSingly(ctx) {
 		r.lookAtQueue(ctx)
 	}
@@ -665,6 +655,7 @@ func (r *reconciler) run(ctx context.Context) {
 // lookSingly asks for each job; false: this pod cannot do that.
 func (r *reconciler) lookSingly(ctx context.Context) bool {
 	start := time.Now()
+	r.spots = make(map[string]spot, len(r.wanted))
 	for _, w := range r.wanted {
 		job, supported, err := r.endpoint.apiJob(ctx, w.promptID)
 		if err != nil || !supported {
@@ -730,6 +721,7 @@ func (r *reconciler) lookAtQueue(ctx context.Context) {
 	for i := range pending {
 		take(&pending[i], placePending, len(running)+i)
 	}
+	r.spots = make(map[string]spot, len(byPrompt))
 	for id, s := range byPrompt {
 		r.spots[id] = *s
 	}

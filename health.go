@@ -143,6 +143,9 @@ func (c *PodClient) checkHealth(ctx context.Context, op string) (h Health, cause
 	defer done()
 	o := c.observed()
 	p := e.probe(ctx, o)
+	if err := c.usable(op); err != nil { // ctx may learn of it a moment later
+		return Health{Pod: c.Name(), State: HealthDown, Stream: o.stream}, nil, err
+	}
 	if ctx.Err() != nil {
 		return Health{Pod: c.Name(), State: HealthDown, Stream: o.stream}, nil, e.retries.ended(ctx, retryOp{op: op}, nil)
 	}

@@ -45,7 +45,7 @@ func startRedis(t testing.TB, args ...string) *redisServer {
 		t.Skip("no redis-server on this machine")
 	}
 	for range 10 {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		listener, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 		require.NoError(t, err)
 		addr := listener.Addr().String()
 		require.NoError(t, listener.Close())

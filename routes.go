@@ -452,7 +452,7 @@ type endpoint struct {
 	client   *http.Client    // follows no redirect
 	strange  *http.Client    // the same without cookies, for other hosts
 	own      *http.Transport // nil: the caller's
-	life     context.Context //nolint:containedctx // the client's: it ends with Close
+	life     context.Context
 	end      context.CancelCauseFunc
 
 	mu          sync.Mutex
@@ -766,7 +766,7 @@ func portOf(u *url.URL) string {
 type lifeline struct {
 	endpoint *endpoint
 	op       string
-	ctx      context.Context //nolint:containedctx // a call's
+	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	unhook   func() bool
 

@@ -43,7 +43,7 @@ type tracker struct {
 	inMemory bool   // it is a MemoryStore
 	owner    string // random: the identity behind leases
 
-	ctx     context.Context //nolint:containedctx // the life of the tracker's goroutines
+	ctx     context.Context
 	cancel  context.CancelCauseFunc
 	wg      sync.WaitGroup
 	stopped chan struct{} // closed when run has ended
@@ -290,6 +290,7 @@ type tracked struct {
 	absent  absentState
 	follow  followState
 
+	claimedAt   time.Time // when this client became its driver
 	acceptedAt  time.Time // on the local clock
 	seenAt      time.Time // when the pod was last known to have the attempt
 	movedAt     time.Time // when the attempt last moved
@@ -325,7 +326,6 @@ type settleState struct {
 	busy   bool
 	at, by time.Time
 	tries  int
-	failed bool // the last read was not answered
 }
 
 type absentState struct {
@@ -407,7 +407,7 @@ type admission struct {
 	fresh     bool // its id was made just now: no POST can have been made for it
 	reopened  bool // to be run again after its end
 	confirmed time.Time
-	ctx       context.Context //nolint:containedctx // of CancelWithContext
+	ctx       context.Context
 }
 
 // admit takes a job in, or finds it among those that are followed already.
@@ -443,7 +443,7 @@ func (t *tracker) admit(a admission) *Job {
 func (t *tracker) drive(j *tracked, a admission, now time.Time) {
 	j.lease = &lease{t: t, jobID: j.rec.JobID, at: a.confirmed}
 	t.gauges.owned.Add(1)
-	j.look = !a.fresh
+	j.look, j.claimedAt = !a.fresh, a.confirmed
 	j.write.attempt = j.rec.Attempt
 	if a.reopened { // the store has only the former end yet
 		j.write.attempt = 0
@@ -453,9 +453,16 @@ func (t *tracker) drive(j *tracked, a admission, now time.Time) {
 		t.wantCancel(j, now)
 	}
 	j.posting.streamBy = now.Add(t.timing.StreamWait)
-	if j.rec.Accepted {
+	switch {
+	case j.rec.Accepted:
 		t.onPod(j, now)
+		if !j.rec.AttemptAt.IsZero() {
+			j.acceptedAt = j.rec.AttemptAt // as near as the record tells: Limits count from there
+		}
 		t.lookBy(now)
+	case j.number == nil && j.rec.Number != 0: // the caller's, which the record keeps until the pod has taken the attempt
+		number := j.rec.Number
+		j.number = &number
 	}
 	t.register(j)
 	t.due.linger = time.Time{}
@@ -752,8 +759,10 @@ func (t *tracker) retryOrFail(j *tracked, err *Error, now time.Time) {
 func (t *tracker) nextAttempt(j *tracked, err *Error, at, now time.Time) {
 	t.leaveAttempt(j)
 	t.observe(j, obsRetry{promptID: promptID(j.rec.JobID, j.rec.WorkflowHash, j.rec.Attempt+1), at: at, err: err}, now)
-	j.rec.AttemptAt = at
-	j.rec.ClientID = t.opts.clientID
+	j.rec.AttemptAt, j.rec.ClientID = at, t.opts.clientID
+	if j.number != nil {
+		j.rec.Number = *j.number
+	}
 	j.write.dirty, j.write.urgent = true, true
 	j.look = false
 	t.register(j)

@@ -8,6 +8,7 @@ import (
 	"image"
 	"image/color"
 	"image/png"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -283,6 +284,21 @@ func TestBuiltinsFailAsPythonDoes(t *testing.T) {
 			continue
 		}
 		require.Equal(t, tc.exception, at(t, entry, "status", "messages", 2, 1, "exception_type"), "%v", tc)
+	}
+}
+
+// TestObjectInfoRecorded: the file is from /object_info of a real server.
+func TestObjectInfoRecorded(t *testing.T) {
+	t.Parallel()
+	data, err := os.ReadFile("testdata/object_info_0.33.0.json")
+	require.NoError(t, err)
+	recorded, _ := parsed(t, data).(object)
+	v := mustVersion(t, "0.33.0")
+	require.Len(t, recorded, len(builtinClasses(v)))
+	files := newFileStore()
+	files.put(kindInput, "", "example.png", nil)
+	for _, f := range recorded {
+		require.Equal(t, string(pyJSON(f.value)), string(objectInfo(v, builtinClasses(v)[f.key], files)))
 	}
 }
 

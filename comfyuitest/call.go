@@ -211,8 +211,7 @@ func (c *Call) Text(text string) { c.sendText(c.run.client, text) }
 func (c *Call) sendText(to client, text string) {
 	if c.alive() {
 		length := [4]byte{0, 0, byte(len(c.NodeID) >> 8), byte(len(c.NodeID))}
-		f := binaryFrame(3, length[:], []byte(c.NodeID), []byte(text))
-		c.run.process.hub.enqueue(envelope{frame: f, sid: to.sid, everyone: !to.known})
+		c.run.process.hub.send(to, binaryFrame(3, length[:], []byte(c.NodeID), []byte(text)))
 	}
 }
 

@@ -72,6 +72,7 @@ func TestView(t *testing.T) {
 			"filename=x.png&subfolder=..":               403,
 			"filename=x.png&subfolder=/etc":             403,
 			"filename=x.png&subfolder=a/../..":          403,
+			"filename=x.png/":                           404,
 			"filename=nope.png":                         404,
 			"filename=x.png&type=temp":                  404,
 			"filename=x.png&subfolder=nope":             404,
@@ -119,7 +120,8 @@ func TestViewRanges(t *testing.T) {
 			{[]string{"Range", "bytes=5-2"}, 416, "", "bytes */10"},
 			{[]string{"Range", "bytes=0-3,6-9"}, 416, "", "bytes */10"},
 			{[]string{"Range", "items=0-3"}, 416, "", "bytes */10"},
-			{[]string{"Range", "bytes=-0"}, 416, "", "bytes */10"},
+			{[]string{"Range", "bytes=-0"}, 206, "0123456789", "bytes 0-9/10"},
+			{[]string{"Range", "Bytes=0-3"}, 206, "0123", "bytes 0-3/10"},
 			{[]string{"Range", "bytes=-"}, 416, "", "bytes */10"},
 			{[]string{"Range", "bytes=0-3", "If-Range", f.etag()}, 206, "0123", "bytes 0-3/10"},
 			{[]string{"Range", "bytes=0-3", "If-Range", `"other"`}, 206, "0123", "bytes 0-3/10"},
@@ -270,6 +272,7 @@ func TestUploadImage(t *testing.T) {
 			{[]formPart{img("x.png", "a"), field("type", "bogus")}, 500, ""},
 			{[]formPart{field("image", "no file")}, 500, ""},
 			{[]formPart{img("", "no name")}, 500, ""},
+			{[]formPart{img(`b\s.png`, "x")}, 200, `{"name": "bs.png", "subfolder": "", "type": "input"}`},
 		} {
 			r := upload(t, p, "/upload/image", c.parts...)
 			require.Equal(t, c.status, r.status, "%v", c.parts)

@@ -18,9 +18,9 @@ type graph struct {
 // graphNode is one node of a graph. A node that is no object, or lacks its class or inputs, is kept: whether that is a 400 or
 // a 500 depends on the version.
 type graphNode struct {
-	id, class, title string
-	inputs           map[string]any // link, nil, bool, string, json.Number, []any or map[string]any
-	inputOrder       []string
+	id, class  string
+	inputs     map[string]any // link, nil, bool, string, json.Number, []any or map[string]any
+	inputOrder []string
 
 	value any // as parseJSON gave it
 }
@@ -59,9 +59,6 @@ func parseNode(id string, value any) *graphNode {
 	n := &graphNode{id: id, value: value}
 	class, _ := n.fields().get("class_type")
 	n.class, _ = class.(string)
-	if title, ok := n.metaTitle(); ok {
-		n.title, _ = title.(string)
-	}
 	if fields, ok := n.inputFields(); ok {
 		n.inputs = make(map[string]any, len(fields))
 		for _, f := range fields {

@@ -334,9 +334,13 @@ func (p *process) getUserdata(r *request) *answer {
 
 func (p *process) userFileInfo(name, shown string) object {
 	f, _ := p.files.get(kindUser, path.Dir(name), path.Base(name))
-	info := object{{"path", shown}, {"size", len(f.data)}, {"modified", f.modified.UnixMilli()}}
+	modified := any(float64(f.modified.UnixNano()) / 1e9)
+	if p.version.atLeast(0, 21, 0) {
+		modified = f.modified.UnixMilli()
+	}
+	info := object{{"path", shown}, {"size", len(f.data)}, {"modified", modified}}
 	if p.version.atLeast(0, 3, 49) {
-		info = append(info, field{"created", f.modified.UnixMilli()})
+		info = append(info, field{"created", modified})
 	}
 	return info
 }
@@ -393,6 +397,13 @@ func (p *process) getUserFile(r *request) *answer {
 		return emptyAnswer(refused)
 	}
 	a := &answer{kind: mimeType(r.vars["file"]), header: http.Header{}}
+	if p.version.atLeast(0, 28, 0) {
+		a.header.Set("X-Content-Type-Options", "nosniff")
+		a.header.Set("Content-Disposition", "attachment")
+		if isActive(a.kind) {
+			a.kind = "application/octet-stream"
+		}
+	}
 	fileResponse(r, f, a)
 	return a
 }

@@ -290,8 +290,12 @@ func (p *process) cancelJob(id string) (bool, error) {
 }
 
 func (p *process) postCancelBatch(r *request) *answer {
-	v, ok := r.jsonBody()
+	text, ok := r.text()
 	if !ok {
+		return troubleAnswer()
+	}
+	v, err := parseJSON(text)
+	if err != nil {
 		return badQuery("Request body must be valid JSON")
 	}
 	body, _ := v.(object)
@@ -315,7 +319,7 @@ func (p *process) postCancelBatch(r *request) *answer {
 	}
 	cancelled := false
 	for _, id := range ids {
-		done, err := p.cancelJob(id.(string)) //nolint:errcheck // checked above
+		done, err := p.cancelJob(id.(string))
 		if err != nil {
 			return troubleAnswer()
 		}

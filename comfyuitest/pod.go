@@ -37,6 +37,7 @@ type Pod struct {
 	mu      sync.Mutex
 	process *process     // nil while the server is down
 	front   net.Listener // nil while the server is down, and for pipes
+	crashed bool         // the server ended itself, and nothing starts it again but Restart
 	refused int          // the status for new sockets; 0: they are accepted
 	closed  bool
 }
@@ -213,8 +214,14 @@ func (p *Pod) Close() {
 func (p *Pod) Restart(down time.Duration) {
 	p.mu.Lock()
 	old := p.process
-	if old == nil || p.closed {
+	if p.closed || old == nil && !p.crashed {
 		p.mu.Unlock()
+		return
+	}
+	if p.crashed {
+		p.crashed = false
+		p.mu.Unlock()
+		p.reviveAfter(down)
 		return
 	}
 	old.cancel() // what its nodes still do shows nowhere
@@ -232,6 +239,31 @@ func (p *Pod) Restart(down time.Duration) {
 		_ = front.Close()
 	}
 	old.end()
+	p.reviveAfter(down)
+}
+
+// crash ends a process for good: only Restart starts another.
+func (p *Pod) crash(proc *process) {
+	p.mu.Lock()
+	if p.process != proc {
+		p.mu.Unlock()
+		return
+	}
+	front := p.front
+	p.process, p.front, p.crashed = nil, nil, true
+	p.files.clear(kindTemp)
+	p.mu.Unlock()
+	if front != nil {
+		_ = front.Close()
+	}
+	proc.end()
+}
+
+func (p *Pod) reviveAfter(down time.Duration) {
+	if down <= 0 {
+		p.revive()
+		return
+	}
 	p.tasks.start(func() {
 		if wait(p.life, down) {
 			p.revive()
@@ -462,7 +494,11 @@ func (p *Pod) boot() {
 		_ = proc.server.Serve(proc.conns)
 		_ = proc.server.Close() // for connections that came in at the very end
 	})
-	p.tasks.start(func() { proc.hub.publish(ctx) })
+	p.tasks.start(func() {
+		if !proc.hub.publish(ctx) {
+			p.crash(proc)
+		}
+	})
 	p.tasks.start(proc.executor.work)
 }
 

@@ -94,11 +94,11 @@ func (r *run) sendProgressState() {
 		payload = append(append(payload, `", `...), entry.tail...)
 	}
 	payload = append(payload, `}}}`...)
-	r.process.hub.enqueue(envelope{frame: newFrame(opText, payload), sid: r.client.sid, everyone: !r.client.known})
+	r.process.hub.send(r.client, newFrame(opText, payload))
 }
 
 func (r *run) sendBinary(f *frame) {
-	r.process.hub.enqueue(envelope{frame: f, sid: r.client.sid, everyone: !r.client.known})
+	r.process.hub.send(r.client, f)
 }
 
 // plain is the frame of type 1: a format, and no word about whose image it is.

@@ -24,6 +24,7 @@ type item struct {
 type client struct {
 	known bool
 	sid   string
+	fatal bool // a client_id that cannot be looked up: the first message to it ends the server
 }
 
 func (it *item) priority() float64 {

@@ -9,12 +9,14 @@ import (
 	"errors"
 	"io"
 	"maps"
+	"mime"
 	"net"
 	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 )
 
 // request is what a route gets: the body is read before, so that it never waits on the event loop.
@@ -139,6 +141,9 @@ func (t *routeTable) find(method, path string) (route, map[string]string, *answe
 		}
 		allowed = append(allowed, r.method)
 	}
+	if strings.HasPrefix(path, "/internal/") && allowed == nil {
+		return route{}, nil, textAnswer(http.StatusNotFound, "404: Not Found")
+	}
 	if method == "GET" || method == "HEAD" {
 		return route{}, nil, noRoute()
 	}
@@ -190,7 +195,7 @@ func (p *Pod) dispatch(w http.ResponseWriter, r *http.Request) {
 }
 
 func (p *process) serve(w http.ResponseWriter, r *http.Request) {
-	if stripAPI(r.URL.Path) == "/ws" && r.Method == http.MethodGet {
+	if stripAPI(r.URL.Path) == "/ws" && (r.Method == http.MethodGet || r.Method == http.MethodHead) {
 		p.serveSocket(w, r)
 		return
 	}
@@ -233,22 +238,24 @@ func (p *process) readBody(r *http.Request) ([]byte, *answer) {
 	case "gzip":
 		unzipped, err := gzip.NewReader(r.Body)
 		if err != nil {
-			return nil, textAnswer(http.StatusBadRequest, "400: Bad Request")
+			return nil, troubleAnswer()
 		}
 		reader = unzipped
 	case "deflate":
 		inflated, err := zlib.NewReader(r.Body)
 		if err != nil {
-			return nil, textAnswer(http.StatusBadRequest, "400: Bad Request")
+			return nil, troubleAnswer()
 		}
 		reader = inflated
+	case "br":
+		return nil, textAnswer(http.StatusBadRequest, "Can not decode content-encoding: brotli (br). Please install `Brotli`")
 	}
 	body, err := io.ReadAll(io.LimitReader(reader, limit))
 	switch {
 	case err != nil && errors.Is(err, context.Canceled), err != nil && r.Context().Err() != nil:
 		panic(http.ErrAbortHandler)
 	case err != nil:
-		return nil, textAnswer(http.StatusBadRequest, "400: Bad Request")
+		return nil, troubleAnswer()
 	case int64(len(body)) >= limit:
 		return nil, tooLarge(p.pod.config.maxUpload)
 	}
@@ -396,8 +403,33 @@ func (p *process) getQueue(*request) *answer {
 
 // jsonBody reads a body that must be JSON; anything else is an exception in the handler.
 func (r *request) jsonBody() (any, bool) {
-	v, err := parseJSON(r.body)
+	text, ok := r.text()
+	if !ok {
+		return nil, false
+	}
+	v, err := parseJSON(text)
 	return v, err == nil
+}
+
+// text is the body in UTF-8; false if the request names a charset that Python does not know, or the bytes are not of it.
+func (r *request) text() ([]byte, bool) {
+	_, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
+	charset := strings.ToLower(params["charset"])
+	if err != nil || charset == "" {
+		charset = "utf-8"
+	}
+	switch charset {
+	case "utf-8", "utf8", "us-ascii", "ascii":
+		return r.body, utf8.Valid(r.body)
+	case "latin-1", "latin1", "iso-8859-1":
+		var text []byte
+		for _, c := range r.body {
+			text = utf8.AppendRune(text, rune(c))
+		}
+		return text, true
+	default:
+		return nil, false
+	}
 }
 
 // clearAndDelete is the body of POST /queue and POST /history.
@@ -484,8 +516,12 @@ func (p *process) postInterrupt(r *request) *answer {
 		p.executor.raiseInterrupt()
 		return emptyAnswer(http.StatusOK)
 	}
-	v, ok := r.jsonBody()
-	if !ok || len(r.body) == 0 {
+	text, ok := r.text()
+	if !ok {
+		return troubleAnswer()
+	}
+	v, err := parseJSON(text)
+	if err != nil {
 		v = object{}
 	}
 	body, isObject := v.(object)

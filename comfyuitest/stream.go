@@ -53,6 +53,7 @@ type envelope struct {
 	frame    *frame
 	sid      string
 	everyone bool
+	fatal    bool // ends the publish loop, and with it the process
 }
 
 // hub is the WebSocket side: who is connected, and the one queue that every message goes through.
@@ -73,7 +74,12 @@ func newHub(loop *eventLoop) *hub {
 
 // toClient queues a message for a job's client; a job without one is everyone's.
 func (h *hub) toClient(c client, event string, data any) {
-	h.enqueue(envelope{frame: textFrame(event, data), sid: c.sid, everyone: !c.known})
+	h.send(c, textFrame(event, data))
+}
+
+// send queues a frame for a job's client.
+func (h *hub) send(c client, f *frame) {
+	h.enqueue(envelope{frame: f, sid: c.sid, everyone: !c.known, fatal: c.fatal})
 }
 
 func (h *hub) toEveryone(event string, data any) {
@@ -90,8 +96,9 @@ func (h *hub) enqueue(e envelope) {
 	}
 }
 
-// publish sends what is queued, in order, one frame after the other: a client that does not read holds up all.
-func (h *hub) publish(ctx context.Context) {
+// publish sends what is queued, in order, one frame after the other: a client that does not read holds up all. It returns
+// false if a message ended the server.
+func (h *hub) publish(ctx context.Context) bool {
 	for {
 		h.mu.Lock()
 		batch := h.inbox
@@ -99,7 +106,11 @@ func (h *hub) publish(ctx context.Context) {
 		h.mu.Unlock()
 		for _, e := range batch {
 			if !h.loop.enter(ctx) {
-				return
+				return true
+			}
+			if e.fatal {
+				h.loop.leave()
+				return false
 			}
 			targets := h.targets(e)
 			h.loop.leave()
@@ -113,7 +124,7 @@ func (h *hub) publish(ctx context.Context) {
 		select {
 		case <-h.wake:
 		case <-ctx.Done():
-			return
+			return true
 		}
 	}
 }

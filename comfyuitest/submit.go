@@ -70,10 +70,13 @@ func (p *process) postPrompt(r *request) *answer {
 
 // noDictPrompt answers a body that is JSON but no object: a list or a text can be searched for the keys.
 func (p *process) noDictPrompt(v any) *answer {
-	if notADict(v, "number", "front", "prompt").status != http.StatusOK {
+	if notADict(v, "number", "front").status != http.StatusOK {
 		return troubleAnswer()
 	}
 	p.number++
+	if notADict(v, "prompt").status != http.StatusOK {
+		return troubleAnswer()
+	}
 	return noPrompt()
 }
 
@@ -203,7 +206,7 @@ func (it *item) setExtra(v version, extra any) bool {
 	o, isObject := extra.(object)
 	if isObject {
 		if id, has := o.get("client_id"); has && id != nil {
-			it.client = client{known: true, sid: clientKey(id)}
+			it.client = client{known: true, sid: clientKey(id), fatal: !hashable(id)}
 		}
 	}
 	if v.atLeast(0, 3, 68) {

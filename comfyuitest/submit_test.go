@@ -6,7 +6,9 @@ import (
 	"compress/zlib"
 	"io"
 	"net/http"
+	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 )
@@ -28,7 +30,9 @@ func TestPostPromptForms(t *testing.T) {
 			{`7`, 500, "", false},
 			{`[]`, 400, "no_prompt", true},
 			{`"text"`, 400, "no_prompt", true},
-			{`["prompt"]`, 500, "", false},
+			{`["prompt"]`, 500, "", true},
+			{`"front"`, 500, "", false},
+			{`["number"]`, 500, "", false},
 			{`{}`, 400, "no_prompt", true},
 			{`{"prompt": null}`, 500, "", true},
 			{`{"prompt": 5}`, 500, "", true},
@@ -181,8 +185,11 @@ func TestCompressedBodies(t *testing.T) {
 			require.Equal(t, http.StatusOK, r.status)
 			r, err = send(p, http.MethodPost, "/prompt", "no such thing", http.Header{"Content-Encoding": {coding}})
 			require.NoError(t, err)
-			require.Equal(t, http.StatusBadRequest, r.status)
+			require.Equal(t, http.StatusInternalServerError, r.status)
 		}
+		r, err := send(p, http.MethodPost, "/prompt", string(body), http.Header{"Content-Encoding": {"br"}})
+		require.NoError(t, err)
+		require.Equal(t, http.StatusBadRequest, r.status)
 		for accept, want := range map[string]string{"gzip, deflate": "deflate", "gzip": "gzip", "identity": "", "deflate": ""} {
 			r, err := send(p, http.MethodGet, "/prompt", "", http.Header{"Accept-Encoding": {accept}})
 			require.NoError(t, err)
@@ -199,9 +206,28 @@ func TestCompressedBodies(t *testing.T) {
 			require.NoError(t, err)
 			require.Equal(t, `{"exec_info": {"queue_remaining": 0}}`, string(text))
 		}
-		r, err := send(p, http.MethodPost, "/free", "", http.Header{"Accept-Encoding": {"gzip"}})
+		r, err = send(p, http.MethodPost, "/free", "", http.Header{"Accept-Encoding": {"gzip"}})
 		require.NoError(t, err)
 		require.Equal(t, http.StatusInternalServerError, r.status)
 		require.Empty(t, r.header.Get("Content-Encoding"))
 	}, WithCompression(), WithNode("Work", Node{Output: true}))
+}
+
+// TestClientIDThatKillsTheServer: a list or an object cannot be looked up among the sockets, which ends the publish loop and
+// with it the process.
+func TestClientIDThatKillsTheServer(t *testing.T) {
+	t.Parallel()
+	for _, id := range []string{`["x"]`, `{"a": 1}`} {
+		bubble(t, func(t *testing.T, p *Pod) {
+			s := dial(t, p, "me")
+			s.until("status")
+			_, _ = try(p, http.MethodPost, "/prompt", `{"prompt": `+graphOf("1", "Work", nil)+`, "client_id": `+id+`}`)
+			require.Error(t, s.end())
+			_, err := try(p, http.MethodGet, "/prompt", "")
+			require.ErrorIs(t, err, syscall.ECONNREFUSED)
+			p.Restart(time.Minute)
+			require.NoError(t, p.WaitIdle(t.Context()))
+			require.Equal(t, object{}, get(t, p, "/history"))
+		}, WithNode("Work", Node{Output: true}))
+	}
 }

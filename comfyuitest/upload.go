@@ -11,7 +11,9 @@ import (
 	"mime"
 	"mime/multipart"
 	"net/http"
+	"net/url"
 	"path"
+	"regexp"
 	"strconv"
 	"strings"
 )
@@ -27,20 +29,37 @@ type uploaded struct {
 	data     []byte
 }
 
+var (
+	quotedFilename = regexp.MustCompile(`;\s*filename="((?:[^"\\]|\\.)*)"`)
+	escaped        = regexp.MustCompile(`\\(.)`)
+)
+
 var errFormTooLarge = errors.New("multipart body exceeds the limit")
 
 // readForm reads a multipart body. Any other body is an empty form. A part counts as a file if it has a filename.
 func readForm(r *request, limit int64) (*form, error) {
 	f := &form{values: map[string]string{}, files: map[string]uploaded{}}
 	kind, params, err := mime.ParseMediaType(r.Header.Get("Content-Type"))
-	if err != nil || kind != "multipart/form-data" {
+	switch {
+	case err != nil:
 		return f, nil //nolint:nilerr // as aiohttp: a body of another type holds no fields
+	case kind == "application/x-www-form-urlencoded":
+		fields, err := url.ParseQuery(string(r.body))
+		for name, values := range fields {
+			f.values[name] = values[0]
+		}
+		return f, err
+	case kind != "multipart/form-data":
+		return f, nil
 	}
 	reader := multipart.NewReader(bytes.NewReader(r.body), params["boundary"])
 	total := int64(0)
 	for {
 		part, err := reader.NextRawPart()
 		if errors.Is(err, io.EOF) {
+			if total == 0 && !bytes.Contains(r.body, []byte("--"+params["boundary"]+"--")) {
+				return nil, io.ErrUnexpectedEOF
+			}
 			return f, nil
 		}
 		if err != nil {
@@ -53,12 +72,17 @@ func readForm(r *request, limit int64) (*form, error) {
 		if total += int64(len(data)); total > limit {
 			return nil, errFormTooLarge
 		}
-		_, names, err := mime.ParseMediaType(part.Header.Get("Content-Disposition"))
+		disposition := part.Header.Get("Content-Disposition")
+		_, names, err := mime.ParseMediaType(disposition)
 		if err != nil {
 			return nil, err
 		}
-		if names["filename"] != "" {
-			f.files[names["name"]] = uploaded{names["filename"], data}
+		if filename := names["filename"]; filename != "" {
+			if quoted := quotedFilename.FindStringSubmatch(disposition); quoted != nil {
+				// The mime package keeps a backslash that escapes nothing, aiohttp drops it.
+				filename = escaped.ReplaceAllString(quoted[1], "$1")
+			}
+			f.files[names["name"]] = uploaded{filename, data}
 		} else {
 			f.values[names["name"]] = string(data)
 		}
@@ -206,7 +230,7 @@ func withAlpha(original, mask []byte) ([]byte, error) {
 	out := image.NewNRGBA(image.Rect(0, 0, b.Dx(), b.Dy()))
 	for y := range b.Dy() {
 		for x := range b.Dx() {
-			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA) //nolint:errcheck // the model's type
+			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA)
 			_, _, _, a := alpha.At(m.Min.X+x, m.Min.Y+y).RGBA()
 			c.A = uint8(a >> 8)
 			out.SetNRGBA(x, y, c)

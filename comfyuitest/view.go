@@ -79,7 +79,7 @@ func (p *process) getView(r *request) *answer {
 	if refused != 0 {
 		return emptyAnswer(refused)
 	}
-	name := path.Base(ref.name)
+	name := ref.name[strings.LastIndex(ref.name, "/")+1:]
 	f, there := p.files.get(ref.kind, ref.subfolder, name)
 	if !there {
 		return emptyAnswer(http.StatusNotFound)
@@ -153,7 +153,7 @@ func opaqueImage(picture image.Image) image.Image {
 	out := image.NewRGBA(image.Rect(0, 0, b.Dx(), b.Dy()))
 	for y := range b.Dy() {
 		for x := range b.Dx() {
-			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA) //nolint:errcheck // the model's type
+			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA)
 			out.SetRGBA(x, y, color.RGBA{c.R, c.G, c.B, 255})
 		}
 	}
@@ -290,7 +290,7 @@ func notModifiedSince(modified time.Time, header string) bool {
 	return err == nil && !modified.After(since)
 }
 
-var rangePattern = regexp.MustCompile(`^bytes=(\d*)-(\d*)$`)
+var rangePattern = regexp.MustCompile(`(?i)^bytes=(\d*)-(\d*)$`)
 
 // parseRange reads one range; several, an unknown unit or one outside the file are refused.
 func parseRange(header string, size int) (start, end int, ok bool) {
@@ -302,8 +302,11 @@ func parseRange(header string, size int) (start, end int, ok bool) {
 	last, errLast := strconv.Atoi(m[2])
 	switch {
 	case m[1] == "":
-		if errLast != nil || last == 0 {
+		if errLast != nil {
 			return 0, 0, false
+		}
+		if last == 0 {
+			return 0, size, size > 0 // -0 is 0 in Python: the slice is the whole
 		}
 		return max(size-last, 0), size, size > 0
 	case errFirst != nil || first >= size:

@@ -332,9 +332,12 @@ func handshake(r *http.Request) (header string, ext extension, refusal string) {
 	if v := r.Header.Get("Sec-WebSocket-Version"); v != "13" && v != "8" && v != "7" {
 		return "", ext, "Unsupported version: " + v
 	}
-	key := r.Header.Get("Sec-WebSocket-Key")
+	key := get("Sec-WebSocket-Key")
 	if raw, err := base64.StdEncoding.DecodeString(key); err != nil || len(raw) != 16 {
-		return "", ext, "Handshake error: '" + key + "'"
+		if len(r.Header.Values("Sec-WebSocket-Key")) > 0 {
+			key = pyRepr(key)
+		}
+		return "", ext, "Handshake error: " + key
 	}
 	sum := sha1.Sum([]byte(key + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11")) //nolint:gosec // RFC 6455
 	header = "HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: upgrade\r\nSec-WebSocket-Accept: " +
