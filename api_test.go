@@ -272,7 +272,7 @@ func checked(t *testing.T, imports types.Importer, path, name, source string) *t
 var exportFiles = sync.OnceValues(func() (map[string]string, error) {
 	args := []string{"list", "-export", "-deps", "-f", "{{.ImportPath}}\t{{.Export}}", "./..."}
 	var complaints bytes.Buffer
-	list := exec.Command("go", args...) //nolint:noctx // it ends by itself, and the test's own time limit ends it otherwise
+	list := exec.Command("go", args...)
 	list.Stderr = &complaints
 	out, err := list.Output()
 	if err != nil {

@@ -68,7 +68,7 @@ type submission struct {
 	secrets    map[string]any
 	number     *float64
 	lease      *lease
-	patience   context.Context //nolint:containedctx // ends when no further POST is wanted
+	patience   context.Context
 	seen       <-chan struct{} // closed: the stream has shown the prompt
 	posts      int
 	looked     bool // the pod has been asked, and did not have it
@@ -729,7 +729,10 @@ func (r *reconciler) lookAtQueue(ctx context.Context) {
 	byMarker := make(map[marked]*spot, len(r.wanted))
 	for _, w := range r.wanted {
 		s := &spot{place: placeAbsent, promptID: w.promptID, attempt: w.attempt, ahead: -1}
-		byPrompt[w.promptID], byMarker[marked{w.jobID, w.attempt}] = s, s
+		byPrompt[w.promptID] = s
+		if w.jobID != "" {
+			byMarker[marked{w.jobID, w.attempt}] = s
+		}
 	}
 	take := func(item *wire.QueueItem, at place, ahead int) {
 		s := byPrompt[item.PromptID]

@@ -483,7 +483,7 @@ func encodeError(err error) (json.RawMessage, error) {
 	return json.Marshal(causeToJSON(err, 0))
 }
 
-func decodeError(data []byte) (error, error) { //nolint:staticcheck // the first is the value
+func decodeError(data []byte) (error, error) {
 	var j *causeJSON
 	if err := json.Unmarshal(data, &j); err != nil {
 		return nil, fmt.Errorf("comfyui: error is malformed: %w", err)

@@ -268,7 +268,7 @@ const (
 type download struct {
 	pod    *PodClient
 	file   FileRef
-	ctx    context.Context //nolint:containedctx // it bounds reading, as with the body of an http.Response
+	ctx    context.Context
 	cancel context.CancelFunc
 
 	// restart takes back what was handed out; nil: nobody can.

@@ -174,7 +174,7 @@ var errTry = errors.New("try failed")
 
 // retrySchedule is the backoff.BackOffContext of one do.
 type retrySchedule struct {
-	ctx     context.Context //nolint:containedctx // backoff asks for it
+	ctx     context.Context
 	retrier *retrier
 	what    retryOp
 	start   time.Time

@@ -452,7 +452,7 @@ type endpoint struct {
 	client   *http.Client    // follows no redirect
 	strange  *http.Client    // the same without cookies, for other hosts
 	own      *http.Transport // nil: the caller's
-	life     context.Context //nolint:containedctx // the client's: it ends with Close
+	life     context.Context
 	end      context.CancelCauseFunc
 
 	mu          sync.Mutex
@@ -604,8 +604,8 @@ func (e *endpoint) dialer() *websocket.Dialer {
 			if dial := t.Dial; dial != nil && d.NetDialContext == nil { //nolint:staticcheck // the caller's may still use it
 				d.NetDial = dial
 			}
-			if t.TLSClientConfig != nil {
-				d.TLSClientConfig = t.TLSClientConfig.Clone()
+			// The transport itself writes to its TLS settings at its first request; a clone comes after that.
+			if d.TLSClientConfig = t.Clone().TLSClientConfig; d.TLSClientConfig != nil {
 				d.TLSClientConfig.NextProtos = nil // a WebSocket is HTTP/1.1
 			}
 		}
@@ -766,7 +766,7 @@ func portOf(u *url.URL) string {
 type lifeline struct {
 	endpoint *endpoint
 	op       string
-	ctx      context.Context //nolint:containedctx // a call's
+	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	unhook   func() bool
 

@@ -1254,6 +1254,23 @@ func TestDialer(t *testing.T) {
 	assert.Equal(t, 3*time.Second, d.HandshakeTimeout)
 }
 
+// The first dial and the first request of a client happen at the same moment, and the transport sets itself up in it.
+func TestDialerBesideTheFirstRequest(t *testing.T) {
+	t.Parallel()
+	for range 20 {
+		c := serve(t, func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, `{"exec_info":{"queue_remaining":0}}`)
+		})
+		var wg sync.WaitGroup
+		wg.Go(func() { assert.Nil(t, c.endpoint.dialer().Jar) })
+		wg.Go(func() {
+			_, err := c.endpoint.queueRemaining(t.Context())
+			assert.NoError(t, err)
+		})
+		wg.Wait()
+	}
+}
+
 func TestJobRoutes(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -129,8 +129,8 @@ func TestS22Subgraphs(t *testing.T) {
 				for _, ev := range events {
 					assert.LessOrEqual(t, ev.Progress.NodesDone, 3)
 					assert.Equal(t, 3, ev.Progress.NodesTotal)
-					if ev.Kind == comfyui.EventNode {
-						seen[ev.Node] = ev.Progress.NodeTitle
+					if ev.Progress.Node != "" {
+						seen[ev.Progress.Node] = ev.Progress.NodeTitle
 					}
 				}
 				assert.Equal(t, "The outer one", seen["57"], "inner nodes count for the outer one")

@@ -44,7 +44,7 @@ type tracker struct {
 	inMemory bool   // it is a MemoryStore
 	owner    string // random: the identity behind leases
 
-	ctx     context.Context //nolint:containedctx // the life of the tracker's goroutines
+	ctx     context.Context
 	cancel  context.CancelCauseFunc
 	wg      sync.WaitGroup
 	stopped chan struct{} // closed when run has ended
@@ -329,7 +329,6 @@ type settleState struct {
 	busy   bool
 	at, by time.Time
 	tries  int
-	failed bool // the last read was not answered
 }
 
 type absentState struct {
@@ -414,7 +413,7 @@ type admission struct {
 	fresh     bool // its id was made just now: no POST can have been made for it
 	reopened  bool // to be run again after its end
 	confirmed time.Time
-	ctx       context.Context //nolint:containedctx // of CancelWithContext
+	ctx       context.Context
 }
 
 // admit takes a job in, or finds it among those that are followed already.

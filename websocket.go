@@ -420,7 +420,7 @@ func (s *stream) readMore(r io.Reader, n, limit int) (data []byte, whole bool, e
 		}
 		m, err := r.Read(buf[n:min(len(buf), limit)])
 		n += m
-		if err == io.EOF { //nolint:errorlint // a frame's reader gives exactly this at its end
+		if err == io.EOF {
 			s.buf = buf
 			return buf[:n], true, nil
 		}

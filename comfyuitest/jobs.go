@@ -319,7 +319,7 @@ func (p *process) postCancelBatch(r *request) *answer {
 	}
 	cancelled := false
 	for _, id := range ids {
-		done, err := p.cancelJob(id.(string)) //nolint:errcheck // checked above
+		done, err := p.cancelJob(id.(string))
 		if err != nil {
 			return troubleAnswer()
 		}

@@ -230,7 +230,7 @@ func withAlpha(original, mask []byte) ([]byte, error) {
 	out := image.NewNRGBA(image.Rect(0, 0, b.Dx(), b.Dy()))
 	for y := range b.Dy() {
 		for x := range b.Dx() {
-			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA) //nolint:errcheck // the model's type
+			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA)
 			_, _, _, a := alpha.At(m.Min.X+x, m.Min.Y+y).RGBA()
 			c.A = uint8(a >> 8)
 			out.SetNRGBA(x, y, c)

@@ -153,7 +153,7 @@ func opaqueImage(picture image.Image) image.Image {
 	out := image.NewRGBA(image.Rect(0, 0, b.Dx(), b.Dy()))
 	for y := range b.Dy() {
 		for x := range b.Dx() {
-			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA) //nolint:errcheck // the model's type
+			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA)
 			out.SetRGBA(x, y, color.RGBA{c.R, c.G, c.B, 255})
 		}
 	}

@@ -34,7 +34,7 @@ func encodeWebP(picture image.Image) ([]byte, error) {
 	w.write(0, 1)
 	for y := range b.Dy() {
 		for x := range b.Dx() {
-			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA) //nolint:errcheck // the model's type
+			c := color.NRGBAModel.Convert(picture.At(b.Min.X+x, b.Min.Y+y)).(color.NRGBA)
 			for _, v := range []uint8{c.G, c.R, c.B, c.A} {
 				w.write(uint32(reversed(v)), 8) // prefix codes are packed from their first bit on
 			}
