@@ -932,7 +932,7 @@ func (t *tracker) cancelByContext(jobID string) {
 	if j == nil || j.concluded || j.finished {
 		return
 	}
-	t.errand.do(func(ctx context.Context) func() {
+	t.asking.do(func(ctx context.Context) func() {
 		ctx, cancel := context.WithTimeout(ctx, t.timing.Cancel)
 		defer cancel()
 		_, err := t.store.RequestCancel(ctx, jobID)
