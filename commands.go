@@ -694,7 +694,10 @@ func (r *reconciler) lookAtQueue(ctx context.Context) {
 	byMarker := make(map[marked]*spot, len(r.wanted))
 	for _, w := range r.wanted {
 		s := &spot{place: placeAbsent, promptID: w.promptID, attempt: w.attempt, ahead: -1}
-		byPrompt[w.promptID], byMarker[marked{w.jobID, w.attempt}] = s, s
+		byPrompt[w.promptID] = s
+		if w.jobID != "" {
+			byMarker[marked{w.jobID, w.attempt}] = s
+		}
 	}
 	take := func(item *wire.QueueItem, at place, ahead int) {
 		s := byPrompt[item.PromptID]

@@ -207,7 +207,8 @@ func (p *process) serve(w http.ResponseWriter, r *http.Request) {
 			refusal = failed
 		}
 	}
-	if !p.loop.enter(r.Context()) {
+	// A request that has arrived is handled, even if its client has given it up by then: after a freeze all of them are.
+	if !p.loop.enter(p.ctx) {
 		panic(http.ErrAbortHandler)
 	}
 	a := func() *answer {
