@@ -8,6 +8,7 @@ import (
 	"math"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -1069,7 +1070,9 @@ func (t *tracker) streamChanged(s *stream, state StreamState, err error) {
 		t.pod.upSince, t.pod.heard, t.due.deaf = time.Time{}, false, time.Time{}
 		delete(t.current, s)
 		if err != nil {
-			t.noteRefusal(err, now)
+			if errors.Is(err, syscall.ECONNREFUSED) { // a status may be a proxy's that lets no WebSocket through
+				t.noteRefusal(err, now)
+			}
 			t.opts.logger.Debug("comfyui: stream down", "pod", t.opts.name, "error", err)
 		}
 		if state != StreamIdle {
@@ -1512,7 +1515,7 @@ func (t *tracker) writeRecord(ctx context.Context, rec *Record) (*Record, error)
 	return stored, err
 }
 
-// recreate brings back a record that the store has lost. One that comes back ended needs the Update that ends it.
+// recreate brings back a record that the store has lost, with what it should say by now.
 func (t *tracker) recreate(ctx context.Context, rec *Record) (*Record, error) {
 	fresh := rec.Clone()
 	fresh.Owner = t.owner
@@ -1523,9 +1526,8 @@ func (t *tracker) recreate(ctx context.Context, rec *Record) (*Record, error) {
 	if stored.Owner != t.owner {
 		return stored, ErrFenced
 	}
-	rec.Epoch = stored.Epoch
-	rec.Rev = max(rec.Rev, stored.Rev+1)
-	return t.store.Update(ctx, rec)
+	rec.Epoch, rec.Rev = stored.Epoch, max(rec.Rev, stored.Rev)
+	return stored, nil
 }
 
 // wrote takes in the store's answer.
