@@ -8,6 +8,7 @@ import (
 	"iter"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
@@ -1520,4 +1521,34 @@ func TestS40Schema(t *testing.T) {
 		require.NoError(t, err)
 		assert.Contains(t, record, `"schema":2`, "nobody has touched it")
 	})
+}
+
+// An attempt that fails before the reply to its POST has come does not keep the next one from being posted.
+func TestS8FailureBeforeTheReply(t *testing.T) {
+	t.Parallel()
+	for _, wait := range []time.Duration{100 * time.Millisecond, 10 * time.Second} {
+		t.Run(wait.String(), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				c := b.client(comfyui.WithRetry(comfyui.CategoryOutOfMemory, comfyui.RetryPolicy{MaxAttempts: 2, InitialInterval: wait}))
+				ctx, cancel := context.WithTimeout(b.ctx, time.Minute)
+				defer cancel()
+				r, err := c.Execute(ctx, graphOf(t, "Memory", 1))
+				succeeded(t, r, err)
+				assert.Equal(t, 2, r.Attempt)
+			}, comfyuitest.WithNode("Memory", failsFirst()), comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if r.Method != http.MethodPost || r.URL.Path != "/prompt" {
+						next.ServeHTTP(w, r)
+						return
+					}
+					reply := httptest.NewRecorder()
+					next.ServeHTTP(reply, r)
+					time.Sleep(3 * time.Second)
+					w.WriteHeader(reply.Code)
+					_, _ = w.Write(reply.Body.Bytes())
+				})
+			}))
+		})
+	}
 }
