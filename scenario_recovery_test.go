@@ -1552,3 +1552,65 @@ func TestS8FailureBeforeTheReply(t *testing.T) {
 		})
 	}
 }
+
+// Who leaves the loop early drives what it was given, and leaves the rest to others at once.
+func TestS35LoopLeftEarly(t *testing.T) {
+	t.Parallel()
+	for _, after := range []int{1, 7} {
+		t.Run(fmt.Sprint(after), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				store := comfyui.NewMemoryStore()
+				p := b.process(store, nil)
+				for n := range 40 {
+					background(b, p, graphOf(t, "Work", n), comfyui.WithJobID(fmt.Sprint("job-", n)))
+				}
+				time.Sleep(time.Second)
+				p.kill()
+				time.Sleep(time.Minute)
+				one, other := b.client(comfyui.WithStore(store)), b.client(comfyui.WithStore(store))
+				taken := 0
+				for _, err := range one.Recover(b.ctx) {
+					require.NoError(t, err)
+					if taken++; taken == after {
+						break
+					}
+				}
+				assert.Equal(t, after, one.Stats().Owned)
+				begun := time.Now()
+				rest := 0
+				for _, err := range other.Recover(b.ctx) {
+					require.NoError(t, err)
+					rest++
+					assert.Zero(t, time.Since(begun), "nothing is held")
+				}
+				assert.Equal(t, 40, taken+rest)
+				for range one.Recover(b.ctx) {
+					t.Error("each has an owner")
+				}
+			})
+		})
+	}
+}
+
+// A panic in the loop over Recover leaves nothing behind.
+func TestS35LoopPanics(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		p := b.process(store, nil)
+		for n := range 40 {
+			background(b, p, graphOf(t, "Work", n), comfyui.WithJobID(fmt.Sprint("job-", n)))
+		}
+		time.Sleep(time.Second)
+		p.kill()
+		time.Sleep(time.Minute)
+		c := b.client(comfyui.WithStore(store))
+		assert.PanicsWithValue(t, "mine", func() {
+			for range c.Recover(b.ctx) {
+				panic("mine")
+			}
+		})
+		require.NoError(t, c.Close())
+	})
+}

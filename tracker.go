@@ -1887,10 +1887,25 @@ func (t *tracker) abandon() {
 	}
 }
 
+// lastCalls bounds calls to the store that end something.
+func (t *tracker) lastCalls(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), max(t.timing.StoreWait, time.Second))
+}
+
+// giveBack releases leases.
+func (t *tracker) giveBack(ctx context.Context, jobIDs []string) {
+	if len(jobIDs) == 0 {
+		return
+	}
+	if err := t.store.Release(ctx, t.owner, jobIDs); err != nil {
+		t.opts.logger.Warn("comfyui: leases were not given back; they run out by themselves", "pod", t.opts.name, "error", err)
+	}
+}
+
 // leave writes what the store does not have yet and gives the leases back, so that others need not wait for their ends. It
 // runs when all other goroutines have ended.
 func (t *tracker) leave() {
-	ctx, cancel := context.WithTimeout(context.Background(), max(t.timing.StoreWait, time.Second))
+	ctx, cancel := t.lastCalls(context.Background())
 	defer cancel()
 	var ids []string
 	for id, j := range t.jobs {
@@ -1907,10 +1922,5 @@ func (t *tracker) leave() {
 			ids = append(ids, id)
 		}
 	}
-	if len(ids) == 0 {
-		return
-	}
-	if err := t.store.Release(ctx, t.owner, ids); err != nil {
-		t.opts.logger.Warn("comfyui: leases were not given back; they run out by themselves", "pod", t.opts.name, "error", err)
-	}
+	t.giveBack(ctx, ids)
 }
