@@ -9,9 +9,11 @@ import (
 	"maps"
 	"math"
 	"net/http"
+	"net/http/httptrace"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -608,15 +610,16 @@ type reconciler struct {
 	endpoint    *endpoint
 	started     time.Time
 	wanted      []sought
-	byMarker    bool   // an old pod may know the attempts by their marker only
-	heavy       bool   // the queue is large: ask for single jobs where the pod can do that
-	fingerprint bool   // compare the process with the one before
-	oldest      string // its oldest history entry
-	ended       string // a history entry that was read
-	heard       int64  // frames that the stream had heard when the look began
+	byMarker    bool     // an old pod may know the attempts by their marker only
+	heavy       bool     // the queue is large: ask for single jobs where the pod can do that
+	fingerprint bool     // compare the process with the one before
+	witnesses   []string // prompts that it must have
+	incarnation int      // of the pod when the look began
+	heard       int64    // frames that the stream had heard when the look began
 
 	err      error
-	whole    bool // the whole queue was read
+	dialled  atomic.Bool // its first call needed a new connection, or the transport does not tell
+	whole    bool        // the whole queue was read
 	cost     time.Duration
 	bytes    int
 	shape    queueShape
@@ -628,8 +631,8 @@ type reconciler struct {
 type evidence struct {
 	taken  bool
 	oldest string
-	same   bool // an entry that was seen before is still there
-	gone   bool // none of those is
+	same   bool // a witness is still there
+	gone   bool // there were witnesses, and none of them is
 	empty  bool // there is none at all
 }
 
@@ -647,17 +650,30 @@ func (r *reconciler) run(ctx context.Context) {
 	if r.err == nil {
 		r.lookAtHistory(ctx)
 	}
-	if r.err == nil && r.fingerprint {
+	if r.err == nil && (r.fingerprint || r.dialled.Load()) {
 		r.takeFingerprint(ctx)
 	}
+}
+
+// traced makes a call tell whether it went over a connection that was there before: a process that ends takes its connections
+// with it.
+func (r *reconciler) traced(ctx context.Context) context.Context {
+	r.dialled.Store(true)
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) { r.dialled.Store(!info.Reused) },
+	})
 }
 
 // lookSingly asks for each job; false: this pod cannot do that.
 func (r *reconciler) lookSingly(ctx context.Context) bool {
 	start := time.Now()
 	r.spots = make(map[string]spot, len(r.wanted))
-	for _, w := range r.wanted {
-		job, supported, err := r.endpoint.apiJob(ctx, w.promptID)
+	for i, w := range r.wanted {
+		of := ctx
+		if i == 0 {
+			of = r.traced(ctx)
+		}
+		job, supported, err := r.endpoint.apiJob(of, w.promptID)
 		if err != nil || !supported {
 			r.err = err
 			return err != nil
@@ -680,7 +696,7 @@ func (r *reconciler) lookSingly(ctx context.Context) bool {
 
 func (r *reconciler) lookAtQueue(ctx context.Context) {
 	start := time.Now()
-	running, pending, size, err := r.endpoint.queue(ctx, false)
+	running, pending, size, err := r.endpoint.queue(r.traced(ctx), false)
 	if err != nil {
 		r.err = err
 		return
@@ -690,6 +706,8 @@ func (r *reconciler) lookAtQueue(ctx context.Context) {
 	if len(running) > 0 {
 		r.shape.first = running[0].PromptID
 	}
+	isWitness := func(it wire.QueueItem) bool { return slices.Contains(r.witnesses, it.PromptID) }
+	r.evidence.same = slices.ContainsFunc(running, isWitness) || slices.ContainsFunc(pending, isWitness)
 	byPrompt := make(map[string]*spot, len(r.wanted))
 	byMarker := make(map[marked]*spot, len(r.wanted))
 	for _, w := range r.wanted {
@@ -806,33 +824,31 @@ func (r *reconciler) searchMarkers(ctx context.Context) {
 	}
 }
 
-// takeFingerprint compares the history with what was seen of it before: entries do not vanish while a process lives, but for
-// the oldest of ten thousand and what somebody deletes.
+// takeFingerprint looks for the witnesses: entries do not vanish from the history while a process lives, but for the oldest of ten
+// thousand and what somebody deletes.
 func (r *reconciler) takeFingerprint(ctx context.Context) {
 	entry, err := r.endpoint.oldestHistory(ctx)
 	if err != nil {
 		r.err = err
 		return
 	}
-	e := evidence{taken: true, empty: entry == nil}
+	e := evidence{taken: true, empty: entry == nil, same: r.evidence.same}
 	if entry != nil {
 		e.oldest = entry.PromptID
+		e.same = e.same || slices.Contains(r.witnesses, e.oldest)
 	}
-	e.same = e.oldest != "" && e.oldest == r.oldest
-	known := 0
-	for _, id := range []string{r.oldest, r.ended} {
-		if id == "" || e.same {
-			continue
+	for _, id := range r.witnesses {
+		if e.same || e.empty {
+			break
 		}
-		known++
-		still, err := r.endpoint.history(ctx, id)
+		found, err := r.endpoint.history(ctx, id)
 		if err != nil {
 			r.err = err
 			return
 		}
-		e.same = still != nil
+		e.same = found != nil
 	}
-	e.gone = known > 0 && !e.same
+	e.gone = r.whole && len(r.witnesses) > 0 && !e.same
 	r.evidence = e
 }
 
