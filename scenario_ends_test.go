@@ -2,8 +2,11 @@ package comfyui_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -372,4 +375,326 @@ func TestS28RemovedBySomeoneElse(t *testing.T) {
 	}
 }
 
-var _ = strings.Contains
+// ------------------------------------------------------------ S29: restarts
+
+// raw posts a graph as some other program would that does not come back for it.
+func (b *bench) raw(class string, seed int) {
+	b.t.Helper()
+	b.send(http.MethodPost, "/prompt", fmt.Sprintf(`{"prompt":{"1":{"class_type":%q,"inputs":{"seed":%d}}},"client_id":"raw"}`, class, seed))
+}
+
+// mine are the prompts of a job, told by their markers, in order of their first POST.
+func (b *bench) mine(jobID string) []comfyuitest.Prompt {
+	b.t.Helper()
+	var mine []comfyuitest.Prompt
+	for _, p := range b.pod.Prompts() {
+		var marker struct {
+			JobID string `json:"job_id"`
+		}
+		if raw := p.ExtraData["comfyui_go"]; raw != nil {
+			require.NoError(b.t, json.Unmarshal(raw, &marker))
+		}
+		if marker.JobID == jobID {
+			mine = append(mine, p)
+		}
+	}
+	return mine
+}
+
+// A restart while the job waits or runs, slow or so quick that no connection is refused, with a stream and without, as the first
+// job of the process or not: the job is lost and posted once more; with AtMostOnce it is not.
+func TestS29Restart(t *testing.T) {
+	t.Parallel()
+	for _, down := range []time.Duration{0, 10 * time.Second, 2 * time.Minute} {
+		for _, running := range []bool{false, true} {
+			for _, seasoned := range []bool{false, true} {
+				for _, atMostOnce := range []bool{false, true} {
+					name := fmt.Sprintf("down=%s/running=%t/seasoned=%t/atmostonce=%t", down, running, seasoned, atMostOnce)
+					t.Run(name, func(t *testing.T) {
+						t.Parallel()
+						everywhere(t, releases, lines, func(t *testing.T, b *bench, l line) {
+							c := b.client()
+							if seasoned {
+								_, err := c.Execute(b.ctx, graphOf(t, "Work", 7))
+								require.NoError(t, err)
+							}
+							states := []comfyui.EventKind{comfyui.EventQueued}
+							if running {
+								states = append(states, comfyui.EventStarted)
+							} else {
+								b.raw("Long", 1)
+							}
+							var log journal
+							opts := []comfyui.JobOption{comfyui.WithJobID("mine"), log.option()}
+							if atMostOnce {
+								opts = append(opts, comfyui.AtMostOnce())
+							}
+							j, err := c.Submit(b.ctx, graphOf(t, "Long", 2), opts...)
+							require.NoError(t, err)
+							time.Sleep(5*time.Second + 300*time.Millisecond)
+							l.middle(b)
+							time.Sleep(5 * time.Second)
+							b.pod.Restart(down)
+							restarted := time.Now()
+							r, err := j.Wait(b.ctx)
+							log.sane(t)
+							prompts := b.mine("mine")
+							assert.Equal(t, 1, prompts[0].Posts)
+							assert.Zero(t, prompts[0].Ends)
+							if atMostOnce {
+								require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+								assert.Equal(t, comfyui.CategoryUnknown, comfyui.CategoryOf(err))
+								require.NotNil(t, r)
+								assert.Equal(t, 1, r.Attempt)
+								assert.Len(t, prompts, 1, "no second POST")
+								assert.Equal(t, append(states, comfyui.EventFailed), log.states())
+								return
+							}
+							succeeded(t, r, err)
+							assert.Equal(t, 2, r.Attempt)
+							require.Len(t, prompts, 2)
+							assert.Equal(t, prompts[1].ID, r.PromptID)
+							b.untouched(r.PromptID)
+							states = append(states, comfyui.EventRetrying, comfyui.EventQueued, comfyui.EventStarted, comfyui.EventSucceeded)
+							assert.Equal(t, states, log.states())
+							retrying := log.of(comfyui.EventRetrying)[0]
+							require.ErrorIs(t, retrying.Err, comfyui.ErrJobLost)
+							assert.Equal(t, comfyui.CategoryLost, comfyui.CategoryOf(retrying.Err))
+							assert.Less(t, retrying.Time.Sub(restarted), down+45*time.Second, "two looks apart")
+						})
+					})
+				}
+			}
+		}
+	}
+}
+
+// Several jobs at once: each is posted once more, whatever it was doing.
+func TestS29SeveralJobs(t *testing.T) {
+	t.Parallel()
+	for _, down := range []time.Duration{0, 2 * time.Minute} {
+		t.Run(down.String(), func(t *testing.T) {
+			t.Parallel()
+			everywhere(t, releases, lines, func(t *testing.T, b *bench, l line) {
+				c := b.client()
+				const jobs = 5
+				var logs [jobs]journal
+				var handles [jobs]*comfyui.Job
+				for i := range jobs {
+					var err error
+					handles[i], err = c.Submit(b.ctx, graphOf(t, "Work", i/2), comfyui.WithJobID(fmt.Sprint(i)), logs[i].option())
+					require.NoError(t, err)
+				}
+				time.Sleep(2500 * time.Millisecond) // the first has ended, its twin was cached, the third runs
+				l.middle(b)
+				time.Sleep(700 * time.Millisecond)
+				b.pod.Restart(down)
+				for i, j := range handles {
+					r, err := j.Wait(b.ctx)
+					succeeded(t, r, err)
+					logs[i].sane(t)
+					prompts := b.mine(fmt.Sprint(i))
+					ends := 0
+					for _, p := range prompts {
+						assert.Equal(t, 1, p.Posts, "job %d", i)
+						ends += p.Ends
+					}
+					assert.Equal(t, 1, ends, "job %d", i)
+					if i >= 2 {
+						assert.Len(t, prompts, 2, "job %d", i)
+						assert.Equal(t, 2, r.Attempt, "job %d", i)
+					} else {
+						assert.Len(t, prompts, 1, "job %d", i)
+					}
+				}
+			})
+		})
+	}
+}
+
+// A workflow that kills the pod must not kill it for ever: lost twice is lost.
+func TestS29LostTwice(t *testing.T) {
+	t.Parallel()
+	killer := comfyuitest.WithNode("Killer", comfyuitest.Node{Output: true, Run: func(ctx context.Context, c *comfyuitest.Call) error {
+		if err := pause(ctx, 3*time.Second); err != nil {
+			return err
+		}
+		c.Pod().Restart(20 * time.Second)
+		return nil
+	}})
+	everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, _ line) {
+		var log journal
+		r, err := b.client().Execute(b.ctx, graphOf(t, "Killer", 1), log.option())
+		require.ErrorIs(t, err, comfyui.ErrJobLost)
+		require.NotNil(t, r)
+		assert.Equal(t, 2, r.Attempt)
+		assert.Equal(t, comfyui.StatusFailed, r.Status)
+		log.sane(t)
+		require.Len(t, b.pod.Prompts(), 2)
+		for _, p := range b.pod.Prompts() {
+			assert.Equal(t, 1, p.Posts)
+			assert.Equal(t, 1, p.Runs)
+		}
+	}, killer)
+}
+
+// onFirst calls f with the pod after it has handled the first request of a route, and drops the answer.
+func onFirst(route string, f func(pod *comfyuitest.Pod)) (option comfyuitest.Option, use func(pod *comfyuitest.Pod)) {
+	var pod atomic.Pointer[comfyuitest.Pod]
+	var seen atomic.Bool
+	method, path, _ := strings.Cut(route, " ")
+	option = comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != method || !strings.HasSuffix(r.URL.Path, path) || !seen.CompareAndSwap(false, true) {
+				next.ServeHTTP(w, r)
+				return
+			}
+			next.ServeHTTP(httptest.NewRecorder(), r)
+			f(pod.Load())
+			panic(http.ErrAbortHandler)
+		})
+	})
+	return option, pod.Store
+}
+
+// The pod takes the POST, and ends before it answers. The attempt is looked for and posted again under its id; at most once means
+// that it is not.
+func TestS29RestartAtThePost(t *testing.T) {
+	t.Parallel()
+	for _, down := range []time.Duration{0, 30 * time.Second} {
+		for _, atMostOnce := range []bool{false, true} {
+			for _, release := range releases {
+				for _, l := range []line{streaming, polling} {
+					t.Run(fmt.Sprintf("down=%s/atmostonce=%t/%s/%s", down, atMostOnce, release, l), func(t *testing.T) {
+						t.Parallel()
+						option, use := onFirst("POST /prompt", func(pod *comfyuitest.Pod) { pod.Restart(down) })
+						bubble(t, func(b *bench) {
+							t := b.t
+							use(b.pod)
+							l.open(b)
+							var log journal
+							opts := []comfyui.JobOption{comfyui.WithJobID("mine"), log.option()}
+							if atMostOnce {
+								opts = append(opts, comfyui.AtMostOnce())
+							}
+							r, err := b.client().Execute(b.ctx, graphOf(t, "Work", 1), opts...)
+							log.sane(t)
+							posts, ends := 0, 0
+							for _, p := range b.mine("mine") {
+								posts, ends = posts+p.Posts, ends+p.Ends
+							}
+							if atMostOnce {
+								require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+								assert.Equal(t, 1, posts)
+								return
+							}
+							succeeded(t, r, err)
+							assert.Equal(t, 2, posts)
+							assert.Equal(t, 1, ends)
+						}, comfyuitest.WithVersion(release), option)
+					})
+				}
+			}
+		}
+	}
+}
+
+// The pod ends between the terminal frame and the read of the history: the stream has told all, and nothing is run again.
+func TestS29RestartBeforeTheHistoryWasRead(t *testing.T) {
+	t.Parallel()
+	for _, down := range []time.Duration{0, 2 * time.Minute} {
+		for _, atMostOnce := range []bool{false, true} {
+			t.Run(fmt.Sprintf("down=%s/atmostonce=%t", down, atMostOnce), func(t *testing.T) {
+				t.Parallel()
+				everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, l line) {
+					var log journal
+					opts := []comfyui.JobOption{comfyui.WithJobID("mine"), log.option()}
+					if atMostOnce {
+						opts = append(opts, comfyui.AtMostOnce())
+					}
+					j, err := b.client().Submit(b.ctx, graphOf(t, "Work", 1), opts...)
+					require.NoError(t, err)
+					free := b.pod.Inject(comfyuitest.Fault{Route: "GET /history", Effect: comfyuitest.Drop, Times: -1})
+					time.Sleep(2500 * time.Millisecond) // it has ended half a second ago
+					require.NoError(t, b.pod.WaitIdle(b.ctx))
+					free()
+					b.pod.Restart(down)
+					r, err := j.Wait(b.ctx)
+					log.sane(t)
+					switch {
+					case l.heard():
+						succeeded(t, r, err)
+						b.untouched(r.PromptID)
+						b.ranOnce()
+						assert.Equal(t, wentWell, log.states())
+					case atMostOnce:
+						require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+						b.ranOnce()
+					default: // the pod died before the result was read: the one case for which the promise allows a second run
+						succeeded(t, r, err)
+						assert.Equal(t, 2, r.Attempt)
+						b.untouched(r.PromptID)
+					}
+				})
+			})
+		}
+	}
+}
+
+// Restarts at random moments, of random length, with all kinds of lines: each job ends well, and none is posted more than once
+// beyond what was lost.
+func TestS29RestartAtRandomMoments(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(120) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			rng := rand.New(rand.NewPCG(seed, 29))
+			release, l := releases[rng.IntN(len(releases))], lines[rng.IntN(len(lines))]
+			bubble(t, func(b *bench) {
+				t := b.t
+				l.open(b)
+				c := b.client()
+				if rng.IntN(2) == 0 {
+					_, err := c.Execute(b.ctx, graphOf(t, "Work", 99))
+					require.NoError(t, err)
+				}
+				jobs := make([]*comfyui.Job, 1+rng.IntN(4))
+				logs := make([]journal, len(jobs))
+				start := time.Now()
+				for i := range jobs {
+					var err error
+					jobs[i], err = c.Submit(b.ctx, graphOf(t, "Work", i), comfyui.WithJobID(fmt.Sprint(i)), logs[i].option())
+					require.NoError(t, err)
+				}
+				time.Sleep(time.Duration(rng.Int64N(int64(9 * time.Second))))
+				if rng.IntN(2) == 0 {
+					l.middle(b)
+				}
+				time.Sleep(time.Duration(rng.Int64N(int64(time.Second))))
+				down := []time.Duration{0, time.Second, 7 * time.Second, time.Minute}[rng.IntN(4)]
+				at := time.Since(start)
+				b.pod.Restart(down)
+				for i, j := range jobs {
+					r, err := j.Wait(b.ctx)
+					succeeded(t, r, err)
+					logs[i].sane(t)
+					prompts := b.mine(fmt.Sprint(i))
+					assert.LessOrEqual(t, len(prompts), 2)
+					ends := 0
+					for _, p := range prompts {
+						assert.Equal(t, 1, p.Posts)
+						ends += p.Ends
+					}
+					last := prompts[len(prompts)-1]
+					assert.Equal(t, r.PromptID, last.ID)
+					// An end that nobody had read goes with the process; a stream has told of it.
+					if l.heard() || len(prompts) == 1 {
+						assert.Equal(t, 1, ends, "job %d, restart of %s after %s, %s, %s", i, down, at, release, l)
+					} else {
+						assert.LessOrEqual(t, ends, 2)
+					}
+				}
+			}, comfyuitest.WithVersion(release))
+		})
+	}
+}

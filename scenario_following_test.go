@@ -372,7 +372,7 @@ func TestS21OtherClientsBroadcasts(t *testing.T) {
 		assert.Equal(t, comfyui.StatusSucceeded, r.Status)
 		time.Sleep(1500 * time.Millisecond) // the second broadcast is under way, after a job of this stream has ended
 		silent(&waitsLonger, "while others run")
-		r, err = second.Wait(b.ctx)
+		_, err = second.Wait(b.ctx)
 		require.NoError(t, err)
 		for _, log := range []*journal{&waits, &waitsLonger} {
 			log.sane(t)
