@@ -3,6 +3,7 @@ package comfyui_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -697,4 +698,171 @@ func TestS29RestartAtRandomMoments(t *testing.T) {
 			}, comfyuitest.WithVersion(release))
 		})
 	}
+}
+
+// ---------------------------------------------------- S30: history cleared
+
+// clears are the ways in which an entry leaves the history.
+var clears = map[string]func(b *bench, promptID string){
+	"cleared": func(b *bench, _ string) { b.pod.ClearHistory() },
+	"deleted": func(b *bench, id string) { b.send(http.MethodPost, "/history", fmt.Sprintf(`{"delete":[%q]}`, id)) },
+}
+
+// The history goes before it was read. Who has heard the end has the outputs; who has not says that nobody knows. Nothing runs twice,
+// and nothing hangs.
+func TestS30HistoryCleared(t *testing.T) {
+	t.Parallel()
+	for way, forget := range clears {
+		for _, seasoned := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/seasoned=%t", way, seasoned), func(t *testing.T) {
+				t.Parallel()
+				everywhere(t, releases, lines, func(t *testing.T, b *bench, l line) {
+					c := b.client()
+					if seasoned {
+						_, err := c.Execute(b.ctx, graphOf(t, "Work", 7))
+						require.NoError(t, err)
+					}
+					var log journal
+					j, err := c.Submit(b.ctx, parsed(t, savesThenWaits), comfyui.WithJobID("mine"), log.option())
+					require.NoError(t, err)
+					time.Sleep(2300 * time.Millisecond)
+					if l != streaming {
+						l.middle(b)
+						b.pod.RefuseStreams(502) // so that the end is not heard
+					}
+					time.Sleep(time.Second)
+					unread := b.pod.Inject(comfyuitest.Fault{Route: "GET /history", Effect: comfyuitest.Hang, Times: -1})
+					time.Sleep(2 * time.Second)
+					require.NoError(t, b.pod.WaitIdle(b.ctx))
+					forget(b, j.PromptID())
+					unread()
+					start := time.Now()
+					r, err := j.Wait(b.ctx)
+					log.sane(t)
+					p := b.mine("mine")
+					require.Len(t, p, 1)
+					b.untouched(p[0].ID)
+					assert.LessOrEqual(t, time.Since(start), 2*time.Minute)
+					require.NotNil(t, r)
+					assert.Equal(t, 1, r.Attempt)
+					if l == streaming {
+						succeeded(t, r, err)
+						require.Len(t, r.Outputs, 2)
+						assert.ElementsMatch(t, []string{"1", "3"}, []string{r.Outputs[0].Node, r.Outputs[1].Node})
+						assert.Equal(t, wentWell, log.states())
+						assert.Empty(t, r.Warnings)
+						file, err := r.Outputs[0].Open(b.ctx)
+						require.NoError(t, err, "the outputs know their pod")
+						require.NoError(t, file.Close())
+						return
+					}
+					require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+					require.NotErrorIs(t, err, comfyui.ErrJobLost)
+					assert.False(t, comfyui.CategoryOf(err).Retryable())
+					assert.Equal(t, comfyui.StatusFailed, r.Status)
+					assert.Equal(t, ranAndFailed, log.states())
+				}, slow, quick)
+			})
+		}
+	}
+}
+
+const savesThenWaits = `{
+	"1":{"class_type":"Work","inputs":{}},
+	"2":{"class_type":"Slow","inputs":{"after":["1",0]}},
+	"3":{"class_type":"Quick","inputs":{"after":["2",0]}}
+}`
+
+// quick takes no time.
+var quick = comfyuitest.WithNode("Quick", comfyuitest.Steps(1, 0))
+
+// A job that waited at one look, and has run and been forgotten at the next, was not removed: it may have run. Also when another
+// prompt has begun to run since then, which is no witness of what was before it.
+func TestS30RanBetweenTwoLooks(t *testing.T) {
+	t.Parallel()
+	for _, followed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("followed by another=%t", followed), func(t *testing.T) {
+			t.Parallel()
+			everywhere(t, releases, []line{polling}, func(t *testing.T, b *bench, _ line) {
+				c := b.client()
+				b.raw("Work", 1)
+				j, err := c.Submit(b.ctx, graphOf(t, "Quick", 1), comfyui.WithJobID("mine"))
+				require.NoError(t, err)
+				b.raw("Mute", 2)
+				time.Sleep(1500 * time.Millisecond)
+				assert.Equal(t, comfyui.StatusQueued, j.Progress().Status)
+				blind := b.pod.Inject(comfyuitest.Fault{Route: "GET /", Effect: comfyuitest.Hang, Times: -1})
+				time.Sleep(2 * time.Second)
+				require.NoError(t, b.pod.WaitIdle(b.ctx))
+				b.pod.ClearHistory()
+				if followed {
+					b.raw("Long", 3)
+				}
+				blind()
+				r, err := j.Wait(b.ctx)
+				require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+				require.NotNil(t, r)
+				b.untouched(r.PromptID)
+			}, quick, comfyuitest.WithNode("Mute", comfyuitest.Node{Output: true}))
+		})
+	}
+}
+
+// The stream had a gap when the outputs passed, but brings the end; the history is gone: a success with a warning.
+func TestS30StreamWithAGap(t *testing.T) {
+	t.Parallel()
+	for _, release := range releases {
+		t.Run(release, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				t := b.t
+				var log journal
+				j, err := b.client().Submit(b.ctx, parsed(t, savesThenWaits), log.option())
+				require.NoError(t, err)
+				time.Sleep(1900 * time.Millisecond)
+				b.pod.CutStreams(comfyuitest.CutReset)
+				time.Sleep(time.Second) // it is up again: the first node's output was not heard
+				b.pod.Inject(comfyuitest.Fault{Route: "GET /history/", Status: 200, Body: "{}", Header: http.Header{"Content-Type": {"application/json"}}, Times: -1})
+				r, err := j.Wait(b.ctx)
+				succeeded(t, r, err)
+				require.Len(t, r.Outputs, 1)
+				assert.Equal(t, "3", r.Outputs[0].Node)
+				require.Len(t, r.Warnings, 1)
+				assert.Contains(t, r.Warnings[0].Error(), "outputs may be missing")
+				log.sane(t)
+				b.untouched(r.PromptID)
+			}, comfyuitest.WithVersion(release), slow, quick)
+		})
+	}
+}
+
+// The pod remembers few prompts, and the client polls: an entry can be evicted before it was read.
+func TestS30HistoryEvicted(t *testing.T) {
+	t.Parallel()
+	everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, l line) {
+		c := b.client()
+		var jobs []*comfyui.Job
+		for i := range 12 {
+			j, err := c.Submit(b.ctx, graphOf(t, "Echo", i), comfyui.WithJobID(fmt.Sprint(i)))
+			require.NoError(t, err)
+			jobs = append(jobs, j)
+		}
+		unknown := 0
+		for i, j := range jobs {
+			r, err := j.Wait(b.ctx)
+			require.NotNil(t, r)
+			if l == polling && errors.Is(err, comfyui.ErrOutcomeUnknown) {
+				unknown++
+			} else {
+				succeeded(t, r, err)
+				assert.Equal(t, fmt.Sprint(i), r.Outputs[0].Text)
+			}
+			prompts := b.mine(fmt.Sprint(i))
+			require.Len(t, prompts, 1)
+			b.untouched(prompts[0].ID)
+		}
+		if l == polling {
+			assert.Positive(t, unknown, "or this test shows nothing")
+		}
+	}, echo, comfyuitest.WithHistorySize(1))
 }

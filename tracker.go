@@ -300,6 +300,7 @@ type tracked struct {
 	movedAt     time.Time // when the attempt last moved
 	incarnation int       // of the pod in which it was last seen
 	sighted     bool      // seen there by this client since it drives the job
+	witnesses   []string  // what the pod had then, see podView.witnesses
 	leaving     bool      // the verdict is known, but the pod may still have the prompt: it must be taken off first
 	left        bool      // the pod has it no more
 	intent      intentState
@@ -508,7 +509,7 @@ func (t *tracker) onPod(j *tracked, now time.Time) {
 		t.inFlight++
 	}
 	j.seenAt, j.incarnation = now, t.pod.incarnation
-	j.sighted = false
+	j.sighted, j.witnesses = false, t.pod.witnesses()
 	if j.rec.ClientID != t.opts.clientID {
 		t.adopt(j.rec.ClientID)
 	}
@@ -1292,12 +1293,14 @@ func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
 	switch at.place {
 	case placeRunning:
 		t.onSight(j, r.started, r.incarnation)
+		j.witnesses = t.pod.witnesses()
 		wasRunning := j.rec.Started
 		if t.observe(j, obsRunning{at.number}, now) && !wasRunning && heardOf {
 			t.suspectDeaf(r.started, r.heard, now)
 		}
 	case placePending:
 		t.onSight(j, r.started, r.incarnation)
+		j.witnesses = t.pod.witnesses()
 		t.observe(j, obsQueued{at.number, at.ahead}, now)
 	case placeHistory:
 		if j.attempt.ended == nil && heardOf {
@@ -1389,12 +1392,22 @@ func (t *tracker) settled(jobID, promptID string, entry *wire.HistoryEntry, err 
 		t.lookBy(now)
 	case err == nil && !now.Before(j.settle.by) || t.gone(now):
 		j.settle.at = time.Time{}
+		t.warnOfGap(j, now)
 		t.observe(j, obsSettled{}, now)
 		t.notePoison(j, now)
 	default:
 		j.settle.at = now.Add(min(time.Second, settleFirst<<min(j.settle.tries, 10)))
 	}
 	t.advance(j, now)
+}
+
+// warnOfGap warns that the stream, whose word stands for the history's, has not brought all of the attempt.
+func (t *tracker) warnOfGap(j *tracked, now time.Time) {
+	if t.unbrokenSince(j.acceptedAt) || j.attempt.ended == nil || j.attempt.ended.Type != wire.ExecutionSuccess {
+		return
+	}
+	w := j.failure(CategoryUnknown, errors.New("the pod's history was gone before it was read, and the stream had a gap: outputs may be missing"))
+	t.observe(j, obsWarning{w}, now)
 }
 
 // notFound takes in that the pod had the job neither in its queue nor in its history when the look began.
@@ -1438,7 +1451,7 @@ func (t *tracker) absentDue(j *tracked, now time.Time) {
 func (t *tracker) gatherEvidence(j *tracked) {
 	j.absent.busy = true
 	id, prompt := j.rec.JobID, j.rec.PromptID
-	r := &reconciler{endpoint: t.endpoint, started: time.Now(), witnesses: t.pod.witnesses(), incarnation: t.pod.incarnation}
+	r := &reconciler{endpoint: t.endpoint, started: time.Now(), witnesses: j.witnesses, incarnation: t.pod.incarnation}
 	t.errand.do(func(ctx context.Context) func() {
 		if r.lookAtQueue(ctx); r.err == nil {
 			r.takeFingerprint(ctx)
@@ -1465,17 +1478,17 @@ func (t *tracker) vanished(jobID, promptID string, r *reconciler) {
 	switch {
 	case t.lostByRestart(j, r):
 		cause = ErrJobLost
-	case !j.rec.Started && (t.unbroken(j) || r.evidence.same):
+	case !j.rec.Started && (t.unbrokenSince(j.seenAt) || r.evidence.same):
 		cause = ErrRemoved
 	}
 	t.observe(j, obsVanished{j.failure(CategoryOf(cause), cause)}, now)
 	t.advance(j, now)
 }
 
-// unbroken tells whether the stream has been up since the job was last seen: then the process is the same, and a start would have
-// been heard.
-func (t *tracker) unbroken(j *tracked) bool {
-	return !t.pod.upSince.IsZero() && !t.pod.upSince.After(j.seenAt)
+// unbrokenSince tells whether the stream has been up since a time: then the process is the same, and whatever it had to tell of a
+// job was heard.
+func (t *tracker) unbrokenSince(when time.Time) bool {
+	return !t.pod.upSince.IsZero() && !t.pod.upSince.After(when)
 }
 
 // lostByRestart weighs the evidence. An empty history alone proves nothing, since anybody can clear it; nor does a stream that
@@ -1485,7 +1498,7 @@ func (t *tracker) lostByRestart(j *tracked, r *reconciler) bool {
 	switch {
 	case j.incarnation < t.pod.incarnation:
 		return true
-	case t.unbroken(j) || r.evidence.same || !t.pod.brokenAt.After(j.seenAt):
+	case t.unbrokenSince(j.seenAt) || r.evidence.same || !t.pod.brokenAt.After(j.seenAt):
 		return false
 	}
 	// What was seen to run leaves the queue for the history, and for nothing else.
