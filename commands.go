@@ -9,11 +9,9 @@ import (
 	"maps"
 	"math"
 	"net/http"
-	"net/http/httptrace"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -615,11 +613,12 @@ type reconciler struct {
 	fingerprint bool     // compare the process with the one before
 	witnesses   []string // prompts that it must have
 	incarnation int      // of the pod when the look began
+	proven      int64    // endpoint.breaks when the witnesses were last known to be there
 	heard       int64    // frames that the stream had heard when the look began
 
 	err      error
-	dialled  atomic.Bool // its first call needed a new connection, or the transport does not tell
-	whole    bool        // the whole queue was read
+	breaks   int64 // endpoint.breaks when the queue had been read
+	whole    bool  // the whole queue was read
 	cost     time.Duration
 	bytes    int
 	shape    queueShape
@@ -650,30 +649,17 @@ func (r *reconciler) run(ctx context.Context) {
 	if r.err == nil {
 		r.lookAtHistory(ctx)
 	}
-	if r.err == nil && (r.fingerprint || r.dialled.Load()) {
+	if r.err == nil && (r.fingerprint || r.breaks > r.proven) {
 		r.takeFingerprint(ctx)
 	}
-}
-
-// traced makes a call tell whether it went over a connection that was there before: a process that ends takes its connections
-// with it.
-func (r *reconciler) traced(ctx context.Context) context.Context {
-	r.dialled.Store(true)
-	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn: func(info httptrace.GotConnInfo) { r.dialled.Store(!info.Reused) },
-	})
 }
 
 // lookSingly asks for each job; false: this pod cannot do that.
 func (r *reconciler) lookSingly(ctx context.Context) bool {
 	start := time.Now()
 	r.spots = make(map[string]spot, len(r.wanted))
-	for i, w := range r.wanted {
-		of := ctx
-		if i == 0 {
-			of = r.traced(ctx)
-		}
-		job, supported, err := r.endpoint.apiJob(of, w.promptID)
+	for _, w := range r.wanted {
+		job, supported, err := r.endpoint.apiJob(ctx, w.promptID)
 		if err != nil || !supported {
 			r.err = err
 			return err != nil
@@ -690,13 +676,14 @@ func (r *reconciler) lookSingly(ctx context.Context) bool {
 		}
 		r.spots[w.promptID] = at
 	}
-	r.cost = time.Since(start)
+	r.cost, r.breaks = time.Since(start), r.endpoint.breaks.Load()
 	return true
 }
 
 func (r *reconciler) lookAtQueue(ctx context.Context) {
 	start := time.Now()
-	running, pending, size, err := r.endpoint.queue(r.traced(ctx), false)
+	running, pending, size, err := r.endpoint.queue(ctx, false)
+	r.breaks = r.endpoint.breaks.Load()
 	if err != nil {
 		r.err = err
 		return

@@ -740,7 +740,7 @@ func TestS30HistoryCleared(t *testing.T) {
 					r, err := j.Wait(b.ctx)
 					log.sane(t)
 					p := b.mine("mine")
-					require.Len(t, p, 1)
+					require.Equal(t, 1, len(p), "one POST")
 					b.untouched(p[0].ID)
 					assert.LessOrEqual(t, time.Since(start), 2*time.Minute)
 					require.NotNil(t, r)

@@ -87,8 +87,7 @@ type podView struct {
 	heard        bool      // the stream brought more than its greeting since it came up
 	everUp       bool
 	refusedAt    time.Time // when the pod last refused a connection or a proxy said that it is not there
-	brokenAt     time.Time // when a look last failed in the network, or needed a new connection: another process may answer since then
-	provenAt     time.Time // when the process was last known to be the one before
+	proven       int64     // endpoint.breaks when the process was last known to be the one before
 	contactAt    time.Time // when the pod last answered
 	silentSince  time.Time // the first failure since then; zero: none
 	incarnation  int       // raised by every restart that is proven
@@ -299,6 +298,7 @@ type tracked struct {
 	seenAt      time.Time // when the pod was last known to have the attempt
 	movedAt     time.Time // when the attempt last moved
 	incarnation int       // of the pod in which it was last seen
+	breaks      int64     // endpoint.breaks when it was last seen by a call
 	sighted     bool      // seen there by this client since it drives the job
 	witnesses   []string  // what the pod had then, see podView.witnesses
 	leaving     bool      // the verdict is known, but the pod may still have the prompt: it must be taken off first
@@ -509,7 +509,7 @@ func (t *tracker) onPod(j *tracked, now time.Time) {
 		t.inFlight++
 	}
 	j.seenAt, j.incarnation = now, t.pod.incarnation
-	j.sighted, j.witnesses = false, t.pod.witnesses()
+	j.sighted, j.witnesses, j.breaks = false, t.pod.witnesses(), t.endpoint.breaks.Load()
 	if j.rec.ClientID != t.opts.clientID {
 		t.adopt(j.rec.ClientID)
 	}
@@ -1146,10 +1146,6 @@ func (t *tracker) noContact(err error, now time.Time) {
 	if t.pod.silentSince.IsZero() {
 		t.pod.silentSince = now
 	}
-	switch CategoryOf(err) {
-	case CategoryNetwork, CategoryUnavailable:
-		t.pod.brokenAt = now
-	}
 	t.noteRefusal(err, now)
 }
 
@@ -1201,7 +1197,7 @@ func (t *tracker) look(now time.Time) {
 	t.due.looking = true
 	r := &reconciler{
 		endpoint: t.endpoint, started: now, wanted: wanted, fingerprint: t.pod.fingerprints, witnesses: t.pod.witnesses(),
-		incarnation: t.pod.incarnation, heavy: t.pod.queueBytes > heavyQueue, heard: t.stream.heard.Load(),
+		incarnation: t.pod.incarnation, proven: t.pod.proven, heavy: t.pod.queueBytes > heavyQueue, heard: t.stream.heard.Load(),
 	}
 	t.errand.do(func(ctx context.Context) func() {
 		r.run(ctx)
@@ -1234,9 +1230,6 @@ func (t *tracker) looked(r *reconciler) {
 
 // tookLook takes in what a look says of the pod as a whole.
 func (t *tracker) tookLook(r *reconciler, now time.Time) {
-	if r.err == nil && r.dialled.Load() {
-		t.pod.brokenAt = r.started
-	}
 	if r.evidence.taken && r.incarnation == t.pod.incarnation {
 		t.tookEvidence(r)
 	}
@@ -1255,12 +1248,12 @@ func (t *tracker) tookLook(r *reconciler, now time.Time) {
 func (t *tracker) tookEvidence(r *reconciler) {
 	t.pod.fingerprints = false
 	switch {
-	case r.evidence.gone && t.pod.brokenAt.After(t.pod.provenAt):
+	case r.evidence.gone && r.breaks > t.pod.proven:
 		t.restarted()
 	case r.evidence.gone: // somebody has cleared the history
 		t.pod.ended, t.pod.running = "", ""
 	}
-	t.pod.oldest, t.pod.provenAt = r.evidence.oldest, r.started
+	t.pod.oldest, t.pod.proven = r.evidence.oldest, r.breaks
 }
 
 // witnesses are prompts that the process must still have, in its queue or its history, if it is the one before.
@@ -1293,14 +1286,14 @@ func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
 	switch at.place {
 	case placeRunning:
 		t.onSight(j, r.started, r.incarnation)
-		j.witnesses = t.pod.witnesses()
+		j.witnesses, j.breaks = t.pod.witnesses(), r.breaks
 		wasRunning := j.rec.Started
 		if t.observe(j, obsRunning{at.number}, now) && !wasRunning && heardOf {
 			t.suspectDeaf(r.started, r.heard, now)
 		}
 	case placePending:
 		t.onSight(j, r.started, r.incarnation)
-		j.witnesses = t.pod.witnesses()
+		j.witnesses, j.breaks = t.pod.witnesses(), r.breaks
 		t.observe(j, obsQueued{at.number, at.ahead}, now)
 	case placeHistory:
 		if j.attempt.ended == nil && heardOf {
@@ -1492,13 +1485,12 @@ func (t *tracker) unbrokenSince(when time.Time) bool {
 }
 
 // lostByRestart weighs the evidence. An empty history alone proves nothing, since anybody can clear it; nor does a stream that
-// broke, since a proxy may have cut it. But a process that ends takes all its connections with it: one over which a look went
-// before and after shows that no restart came between.
+// broke, since a proxy may have cut it. But a process that ends takes all its connections with it.
 func (t *tracker) lostByRestart(j *tracked, r *reconciler) bool {
 	switch {
 	case j.incarnation < t.pod.incarnation:
 		return true
-	case t.unbrokenSince(j.seenAt) || r.evidence.same || !t.pod.brokenAt.After(j.seenAt):
+	case t.unbrokenSince(j.seenAt) || r.evidence.same || r.breaks <= j.breaks:
 		return false
 	}
 	// What was seen to run leaves the queue for the history, and for nothing else.
