@@ -27,6 +27,7 @@ import (
 	"github.com/redis/go-redis/v9"
 
 	"github.com/comfypod/comfyui/internal/packed"
+	"github.com/comfypod/comfyui/internal/plainjson"
 	"github.com/comfypod/comfyui/internal/redisscript"
 )
 
@@ -165,8 +166,8 @@ func (r *Record) MarshalJSON() ([]byte, error) {
 // record of a newer schema, whatever else it holds.
 func (r *Record) UnmarshalJSON(data []byte) error {
 	var fields recordFields
-	// Few records hold unknown fields: only those pay for a second look.
-	if err := unmarshalStrict(data, &fields); err != nil {
+	if !readRecord(data, &fields) {
+		// Something that this version does not write, or does not know.
 		if err := unmarshalSchema(data); err != nil {
 			return err
 		}
@@ -219,17 +220,145 @@ func marshalUnescaped(v any) ([]byte, error) {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
 }
 
-// unmarshalStrict refuses fields that v does not have.
-func unmarshalStrict(data []byte, v any) error {
-	dec := json.NewDecoder(bytes.NewReader(data))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(v); err != nil {
-		return err
+// readRecord reads a record as MarshalJSON writes it, which is how nearly all come: a process that starts reads thousands. It is
+// not ok with anything else.
+func readRecord(data []byte, f *recordFields) (ok bool) {
+	r := plainjson.NewReader(data)
+	decode := func(v any) {
+		if json.Unmarshal(r.Raw(), v) != nil {
+			r.GiveUp()
+		}
 	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return errors.New("data after the record")
+	moment := func(t *time.Time) {
+		if t.UnmarshalText(r.Text()) != nil {
+			r.GiveUp()
+		}
 	}
-	return nil
+	for name := range r.Fields(recordShape.known) {
+		switch name {
+		case "schema":
+			f.Schema = int(r.Int())
+		case "job_id":
+			f.JobID = r.String()
+		case "pod":
+			f.Pod = r.String()
+		case "client_id":
+			f.ClientID = r.String()
+		case "prompt_id":
+			f.PromptID = r.String()
+		case "attempt":
+			f.Attempt = int(r.Int())
+		case "accepted":
+			f.Accepted = r.Bool()
+		case "started":
+			f.Started = r.Bool()
+		case "number":
+			f.Number = r.Float()
+		case "workflow_hash":
+			f.WorkflowHash = r.String()
+		case "workflow":
+			decode(&f.Workflow)
+		case "extra_data":
+			decode(&f.ExtraData)
+		case "options":
+			readOptions(r, &f.Options)
+		case "labels":
+			f.Labels = map[string]string{}
+			for label := range r.Object {
+				f.Labels[string(label)] = r.String()
+			}
+		case "progress":
+			readProgress(r, &f.Progress)
+		case "outputs":
+			decode(&f.Outputs)
+		case "cached_nodes":
+			decode(&f.CachedNodes)
+		case "warnings":
+			decode(&f.Warnings)
+		case "failure":
+			decode(&f.Failure)
+		case "next_attempt":
+			moment(&f.NextAttempt)
+		case "created_at":
+			moment(&f.CreatedAt)
+		case "attempt_at":
+			moment(&f.AttemptAt)
+		case "started_at":
+			moment(&f.StartedAt)
+		case "finished_at":
+			moment(&f.FinishedAt)
+		case "retention_ns":
+			f.Retention = time.Duration(r.Int())
+		default:
+			r.GiveUp()
+		}
+	}
+	return r.OK()
+}
+
+func readOptions(r *plainjson.Reader, o *RecordOptions) {
+	for name := range r.Fields(recordShape.inside["options"].known) {
+		switch name {
+		case "limits":
+			for limit := range r.Fields(recordShape.inside["options"].inside["limits"].known) {
+				switch limit {
+				case "Total":
+					o.Limits.Total = time.Duration(r.Int())
+				case "Queue":
+					o.Limits.Queue = time.Duration(r.Int())
+				case "Run":
+					o.Limits.Run = time.Duration(r.Int())
+				case "Stall":
+					o.Limits.Stall = time.Duration(r.Int())
+				default:
+					r.GiveUp()
+				}
+			}
+		case "allow_partial":
+			o.AllowPartial = r.Bool()
+		case "at_most_once":
+			o.AtMostOnce = r.Bool()
+		case "front":
+			o.Front = r.Bool()
+		default:
+			r.GiveUp()
+		}
+	}
+}
+
+var progressNames = jsonNames(reflect.TypeFor[Progress]())
+
+func readProgress(r *plainjson.Reader, p *Progress) {
+	for name := range r.Fields(progressNames) {
+		switch name {
+		case "status":
+			p.Status = Status(r.String())
+		case "fraction":
+			p.Fraction = r.Float()
+		case "queue_ahead":
+			p.QueueAhead = int(r.Int())
+		case "nodes_done":
+			p.NodesDone = int(r.Int())
+		case "nodes_total":
+			p.NodesTotal = int(r.Int())
+		case "node":
+			p.Node = r.String()
+		case "node_class":
+			p.NodeClass = r.String()
+		case "node_title":
+			p.NodeTitle = r.String()
+		case "step":
+			p.Step = r.Float()
+		case "steps":
+			p.Steps = r.Float()
+		case "elapsed_ns":
+			p.Elapsed = time.Duration(r.Int())
+		case "remaining_ns":
+			p.Remaining = time.Duration(r.Int())
+		default:
+			r.GiveUp()
+		}
+	}
 }
 
 // unknownFields are what a JSON object of a later version holds beyond the fields of this one. They are never changed, so
@@ -858,7 +987,21 @@ func NewRedisStore(client redis.UniversalClient, opts ...RedisOption) (*RedisSto
 	case o.callTimeout <= 0:
 		return nil, fmt.Errorf("comfyui: the Redis call timeout %v is not positive", o.callTimeout)
 	}
-	return &RedisStore{client: client, options: o}, nil
+	return &RedisStore{client: impatient(client, o.callTimeout), options: o}, nil
+}
+
+// impatient returns client, or where that can be a view of it whose reads and writes end, if those of client might not: a call
+// that was given up goes on until then.
+func impatient(client redis.UniversalClient, timeout time.Duration) redis.UniversalClient {
+	c, ok := client.(*redis.Client)
+	if !ok {
+		return client
+	}
+	within := func(d time.Duration) bool { return 0 < d && d <= timeout }
+	if o := c.Options(); within(o.ReadTimeout) && within(o.WriteTimeout) {
+		return client
+	}
+	return c.WithTimeout(timeout)
 }
 
 const (
@@ -889,7 +1032,7 @@ func RedisCallTimeout(d time.Duration) RedisOption {
 func (s *RedisStore) shardOf(jobID string) int {
 	h := fnv.New32a()
 	_, _ = io.WriteString(h, jobID)
-	return int(h.Sum32() % uint32(s.options.shards))
+	return int(h.Sum32() % uint32(max(1, s.options.shards)))
 }
 
 func (s *RedisStore) key(shard int, name string) string {
@@ -1115,26 +1258,17 @@ func (s *RedisStore) readJobs(ctx context.Context, ids []string, send func(redis
 	readers.Wait()
 }
 
-// readBatch reads in a transaction, which no client routes to a replica that lags, and which costs Redis half of what a script
-// would.
 func (s *RedisStore) readBatch(ctx context.Context, jobs redisJobs) redisRead {
 	r := redisRead{redisJobs: jobs}
-	fields := append(slices.Clone(redisscript.Fields), "ended", "pod")
-	r.fields, r.err = callRedis(ctx, s, func(ctx context.Context) ([]redisFields, error) {
-		tx := s.client.TxPipeline()
-		cmds := make([]*redis.SliceCmd, 0, len(jobs.ids))
-		for _, id := range jobs.ids {
-			cmds = append(cmds, tx.HMGet(ctx, s.key(jobs.shard, "job:"+id), fields...))
-		}
-		if _, err := tx.Exec(ctx); err != nil {
-			return nil, err
-		}
-		values := make([]redisFields, len(cmds))
-		for i, cmd := range cmds {
-			values[i] = cmd.Val()
-		}
-		return values, nil
-	})
+	keys := make([]string, len(jobs.ids))
+	for i, id := range jobs.ids {
+		keys[i] = s.key(jobs.shard, "job:"+id)
+	}
+	read := s.readFields
+	if readsReplicas(s.client) {
+		read = s.readFieldsByScript
+	}
+	r.fields, r.err = callRedis(ctx, s, func(ctx context.Context) ([]redisFields, error) { return read(ctx, keys) })
 	var gone []string
 	for i, values := range r.fields {
 		if values.at(redisEpoch) == "" {
@@ -1146,6 +1280,54 @@ func (s *RedisStore) readBatch(ctx context.Context, jobs redisJobs) redisRead {
 		_, _ = s.runPipeline(ctx, redisscript.Forget, []redisJobs{{jobs.shard, gone}}, nil)
 	}
 	return r
+}
+
+// readsReplicas reports whether client may answer a plain read from a replica, which may lag.
+func readsReplicas(client redis.UniversalClient) bool {
+	switch c := client.(type) {
+	case *redis.Client:
+		return false
+	case *redis.ClusterClient:
+		return c.Options().ReadOnly
+	}
+	return true
+}
+
+var redisWalkFields = append(slices.Clone(redisscript.Fields), "ended", "pod")
+
+func (s *RedisStore) readFields(ctx context.Context, keys []string) ([]redisFields, error) {
+	pipe := s.client.Pipeline()
+	cmds := make([]*redis.SliceCmd, len(keys))
+	for i, key := range keys {
+		cmds[i] = pipe.HMGet(ctx, key, redisWalkFields...)
+	}
+	if _, err := pipe.Exec(ctx); err != nil {
+		return nil, err
+	}
+	values := make([]redisFields, len(cmds))
+	for i, cmd := range cmds {
+		values[i] = cmd.Val()
+	}
+	return values, nil
+}
+
+func (s *RedisStore) readFieldsByScript(ctx context.Context, keys []string) ([]redisFields, error) {
+	reply, err := redisscript.Read.Run(ctx, s.client, keys, redisWalkFields).Slice()
+	if err != nil {
+		return nil, err
+	}
+	if len(reply) != len(keys) {
+		return nil, errBadReply
+	}
+	values := make([]redisFields, len(reply))
+	for i, v := range reply {
+		fields, ok := v.([]any)
+		if !ok {
+			return nil, errBadReply
+		}
+		values[i] = fields
+	}
+	return values, nil
 }
 
 // foundRecord is one record of a walk, or why it cannot be read.
@@ -1222,11 +1404,14 @@ func flag(b bool) string {
 // settle turns a verdict on r into what a method returns. w is what was to be written.
 func (s *RedisStore) settle(method string, r *Record, w *redisWrite, a redisAnswer, err error) (*Record, error) {
 	var stored *Record
+	if err == nil && a.verdict == redisscript.Written && w == nil {
+		err = errBadReply
+	}
 	if err == nil {
 		switch a.verdict {
 		case redisscript.Written:
 			var h hold
-			if h, err = a.fields.hold(); err == nil && w != nil {
+			if h, err = a.fields.hold(); err == nil {
 				return h.record(w.content, r), nil
 			}
 		case redisscript.There:
@@ -1436,9 +1621,9 @@ func (s *RedisStore) runPipeline(ctx context.Context, script *redis.Script, batc
 }
 
 // callRedis runs do, which talks to Redis, and waits no longer than ctx and the store's timeout: go-redis does not heed a ctx
-// while it waits for a reply. When callRedis gives up, do goes on by itself until the client does (by its ReadTimeout, or when
-// it is closed). There are never more of these than connections in the client's pool, because waiting for one does heed the
-// ctx.
+// while it waits for a reply. When callRedis gives up, do goes on by itself until the client does: by its ReadTimeout, which
+// ends a read that is under way (see impatient), or when it is closed. There are never more of these than connections in the
+// client's pool, because waiting for one does heed the ctx.
 func callRedis[T any](ctx context.Context, s *RedisStore, do func(ctx context.Context) (T, error)) (T, error) {
 	var none T
 	if err := ctx.Err(); err != nil {
@@ -1550,7 +1735,7 @@ func (s *RedisStore) Watch(ctx context.Context, jobID string) iter.Seq2[Event, e
 			}
 			// The record is the truth, even if it is older than what was told: Redis has lost something. But what was heard
 			// while it was read may be newer than it.
-			if r != nil && (newer(r, t.told) || len(heard) == 0 && newer(t.told, r)) && !t.tell(r) {
+			if r != nil && (newer(r, t.told) || len(heard) == 0) && !t.tell(r) {
 				return
 			}
 			r = nil

@@ -6,6 +6,9 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/alicebob/miniredis/v2"
+	"github.com/redis/go-redis/v9"
+
 	"github.com/comfypod/comfyui"
 )
 
@@ -32,6 +35,32 @@ func ExampleMemoryStore() {
 	// held: true
 	// worker-b has the lease in epoch 2 <nil>
 	// the former owner is fenced: true
+}
+
+func ExampleNewRedisStore() {
+	server, err := miniredis.Run() // in a program: the address of a real one
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	defer server.Close()
+	client := redis.NewClient(&redis.Options{Addr: server.Addr()})
+	defer func() { _ = client.Close() }()
+
+	store, err := comfyui.NewRedisStore(client, comfyui.RedisPrefix("studio"), comfyui.RedisCallTimeout(2*time.Second))
+	if err != nil {
+		fmt.Println(err)
+		return
+	}
+	ctx := context.Background()
+	_, err = store.Create(ctx, &comfyui.Record{JobID: "order-7", Pod: "gpu-1", Owner: "worker-a"}, 30*time.Second)
+	fmt.Println(err)
+	for r, err := range store.Unfinished(ctx, "gpu-1") {
+		fmt.Println(r.JobID, "is", r.Owner+"'s", err)
+	}
+	// Output:
+	// <nil>
+	// order-7 is worker-a's <nil>
 }
 
 func ExampleMemoryStore_Watch() {

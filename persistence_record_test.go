@@ -177,6 +177,19 @@ func TestRecordClone(t *testing.T) {
 	assert.Equal(t, &Record{}, (&Record{}).Clone())
 }
 
+// What MarshalJSON writes is read the fast way, and no field is forgotten there: or its speed would be gone unnoticed.
+func TestRecordsAreReadTheFastWay(t *testing.T) {
+	t.Parallel()
+	for _, r := range []*Record{fullRecord(), {JobID: "j"}, {Options: RecordOptions{Limits: Limits{Total: 1}}, Number: 1e300, Labels: map[string]string{}}} {
+		data, err := r.MarshalJSON()
+		require.NoError(t, err)
+		var fast, slow recordFields
+		assert.True(t, readRecord(data, &fast), "%s", data)
+		require.NoError(t, json.Unmarshal(data, &slow))
+		assert.Equal(t, slow, fast)
+	}
+}
+
 // Whatever the bytes, reading them ends without a panic, and what was read can be written and read again.
 func FuzzRecordJSON(f *testing.F) {
 	full, err := json.Marshal(fullRecord())
@@ -194,6 +207,12 @@ func FuzzRecordJSON(f *testing.F) {
 		f.Add([]byte(`{"schema":1,"workflow":` + strings.SplitN(string(data), "\n", 2)[0] + `}`))
 	}
 	f.Fuzz(func(t *testing.T, data []byte) {
+		var fast recordFields
+		if readRecord(data, &fast) {
+			var slow recordFields
+			require.NoError(t, json.Unmarshal(data, &slow))
+			assert.Equal(t, slow, fast)
+		}
 		var r Record
 		if err := r.UnmarshalJSON(data); err != nil {
 			return
@@ -217,8 +236,8 @@ func TestMemoryStoreZeroValue(t *testing.T) {
 	ctx := t.Context()
 	_, err := s.Get(ctx, "job")
 	require.ErrorIs(t, err, ErrJobNotFound)
-	for range s.Unfinished(ctx, "") {
-		t.Fatal("a record in an empty store")
+	for r, err := range s.Unfinished(ctx, "") {
+		t.Fatalf("an element in an empty store: %v, %v", r, err)
 	}
 	_, err = s.Create(ctx, fullRecord(), time.Minute)
 	require.NoError(t, err)

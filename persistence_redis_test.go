@@ -4,7 +4,9 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/alicebob/miniredis/v2"
 	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/comfypod/comfyui"
@@ -33,12 +36,25 @@ func newRedisStore(t testing.TB, client redis.UniversalClient, opts ...comfyui.R
 
 // redisServer is a real one, on a free loopback port, without persistence unless args say otherwise.
 type redisServer struct {
-	addr string
-	cmd  *exec.Cmd
+	addr   string
+	binary string
+	args   []string
+	cmd    *exec.Cmd
+	ended  chan struct{} // closed when it has
 }
 
 // startRedis skips the test where there is no redis-server: apt-get install redis-server.
 func startRedis(t testing.TB, args ...string) *redisServer {
+	t.Helper()
+	dir := t.TempDir()
+	return startRedisWith(t, func(port string) []string {
+		return append([]string{
+			"--port", port, "--bind", "127.0.0.1", "--dir", dir, "--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction",
+		}, args...)
+	})
+}
+
+func startRedisWith(t testing.TB, args func(port string) []string) *redisServer {
 	t.Helper()
 	binary, err := exec.LookPath("redis-server")
 	if err != nil {
@@ -49,7 +65,10 @@ func startRedis(t testing.TB, args ...string) *redisServer {
 		require.NoError(t, err)
 		addr := listener.Addr().String()
 		require.NoError(t, listener.Close())
-		if s := tryRedis(t, binary, addr, args); s != nil {
+		_, port, _ := net.SplitHostPort(addr)
+		s := &redisServer{addr: addr, binary: binary, args: args(port)}
+		if s.start(t) { // else another program has taken the port meanwhile
+			t.Cleanup(s.kill)
 			return s
 		}
 	}
@@ -57,33 +76,41 @@ func startRedis(t testing.TB, args ...string) *redisServer {
 	return nil
 }
 
-// tryRedis returns nil if another program has taken the port meanwhile.
-func tryRedis(t testing.TB, binary, addr string, args []string) *redisServer {
+// start reports whether the server answers.
+func (s *redisServer) start(t testing.TB) bool {
 	t.Helper()
-	_, port, _ := net.SplitHostPort(addr)
-	args = append([]string{
-		"--port", port, "--bind", "127.0.0.1", "--dir", t.TempDir(), "--save", "", "--appendonly", "no", "--maxmemory-policy", "noeviction",
-	}, args...)
-	s := &redisServer{addr: addr, cmd: exec.Command(binary, args...)} //nolint:gosec,noctx // it outlives no test: killed by Cleanup
-	require.NoError(t, s.cmd.Start())
+	cmd := exec.Command(s.binary, s.args...) //nolint:gosec,noctx // killed by Cleanup
+	require.NoError(t, cmd.Start())
 	ended := make(chan struct{})
-	go func() { _ = s.cmd.Wait(); close(ended) }()
-	t.Cleanup(func() {
-		_ = s.cmd.Process.Kill()
-		<-ended
-	})
-	client := redis.NewClient(&redis.Options{Addr: addr, MaxRetries: -1})
+	s.cmd, s.ended = cmd, ended
+	go func() {
+		_ = cmd.Wait()
+		close(ended)
+	}()
+	client := redis.NewClient(&redis.Options{Addr: s.addr, MaxRetries: -1})
 	defer func() { _ = client.Close() }()
 	for {
 		if err := client.Ping(t.Context()).Err(); err == nil {
-			return s
+			return true
 		}
 		select {
 		case <-ended:
-			return nil
+			return false
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+}
+
+func (s *redisServer) kill() {
+	_ = s.cmd.Process.Kill()
+	<-s.ended
+}
+
+// killAndRestart loses what was not saved.
+func (s *redisServer) killAndRestart(t testing.TB) {
+	t.Helper()
+	s.kill()
+	require.True(t, s.start(t))
 }
 
 func (s *redisServer) client(t testing.TB, change func(*redis.Options)) *redis.Client {
@@ -98,21 +125,20 @@ func (s *redisServer) client(t testing.TB, change func(*redis.Options)) *redis.C
 }
 
 // startRedisCluster starts three masters and joins them.
-func startRedisCluster(t testing.TB) *redis.ClusterClient {
+func startRedisCluster(t testing.TB, args ...string) []*redisServer {
 	t.Helper()
 	const slots = 16384
 	var nodes []*redisServer
 	for i := range 3 {
-		nodes = append(nodes, startRedis(t, "--cluster-enabled", "yes", "--cluster-config-file", fmt.Sprintf("node-%d.conf", i), "--cluster-node-timeout", "5000"))
+		nodes = append(nodes, startRedis(t, append(args,
+			"--cluster-enabled", "yes", "--cluster-config-file", fmt.Sprintf("node-%d.conf", i), "--cluster-node-timeout", "5000")...))
 	}
 	ctx := t.Context()
-	var addrs []string
 	for i, node := range nodes {
 		client := node.client(t, nil)
 		require.NoError(t, client.ClusterAddSlotsRange(ctx, i*slots/3, (i+1)*slots/3-1).Err())
 		host, port, _ := net.SplitHostPort(nodes[0].addr)
 		require.NoError(t, client.ClusterMeet(ctx, host, port).Err())
-		addrs = append(addrs, node.addr)
 	}
 	for _, node := range nodes {
 		client := node.client(t, nil)
@@ -121,9 +147,17 @@ func startRedisCluster(t testing.TB) *redis.ClusterClient {
 			return err == nil && strings.Contains(info, "cluster_state:ok") && strings.Contains(info, "cluster_known_nodes:3")
 		}, time.Minute, 20*time.Millisecond, "the cluster does not form")
 	}
-	cluster := redis.NewClusterClient(&redis.ClusterOptions{Addrs: addrs})
-	t.Cleanup(func() { _ = cluster.Close() })
-	return cluster
+	return nodes
+}
+
+func clusterClient(t testing.TB, nodes []*redisServer, o redis.ClusterOptions) *redis.ClusterClient {
+	t.Helper()
+	for _, node := range nodes {
+		o.Addrs = append(o.Addrs, node.addr)
+	}
+	client := redis.NewClusterClient(&o)
+	t.Cleanup(func() { _ = client.Close() })
+	return client
 }
 
 // bufferedConn is a net.Pipe with what a socket has: a buffer, without which a pipeline blocks on its first reply.
@@ -184,7 +218,7 @@ func TestRedisStoreConformsOnMiniredisInVirtualTime(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		server := miniredis.NewMiniRedis()
 		server.ClockTTL(true)
-		client := redis.NewClient(&redis.Options{Dialer: func(context.Context, string, string) (net.Conn, error) {
+		client := redis.NewClient(&redis.Options{Addr: "127.0.0.1:6379", PoolSize: 1000, Dialer: func(context.Context, string, string) (net.Conn, error) {
 			conn, err := server.Dial()
 			return bufferWrites(conn), err
 		}})
@@ -204,6 +238,101 @@ func TestRedisStoreConformsOnARealServer(t *testing.T) {
 
 func TestRedisStoreConformsOnACluster(t *testing.T) {
 	t.Parallel()
-	client := startRedisCluster(t)
-	storetest.Run(t, func(t *testing.T) comfyui.Store { return newRedisStore(t, client) }, nil)
+	nodes := startRedisCluster(t)
+	for name, options := range map[string]redis.ClusterOptions{
+		"masters": {},
+		// There are none here, but the store must read as if there were.
+		"and replicas": {RouteRandomly: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			client := clusterClient(t, nodes, options)
+			storetest.Run(t, func(t *testing.T) comfyui.Store { return newRedisStore(t, client) }, nil)
+		})
+	}
+}
+
+// A cluster without one of its masters: what is known of the others is told.
+func TestRedisStoreOnAClusterThatLostANode(t *testing.T) {
+	t.Parallel()
+	nodes := startRedisCluster(t, "--cluster-require-full-coverage", "no")
+	client := clusterClient(t, nodes, redis.ClusterOptions{})
+	s := newRedisStore(t, client)
+	ctx := t.Context()
+	var ids, absent []string
+	for i := range 100 {
+		id := fmt.Sprint("job-", i)
+		_, err := s.Create(ctx, &comfyui.Record{JobID: id, Owner: "a"}, time.Hour)
+		require.NoError(t, err)
+		ids = append(ids, id)
+		absent = append(absent, fmt.Sprint("none-", i))
+	}
+	nodes[1].kill()
+
+	lost, err := s.Renew(ctx, "a", time.Hour, append(ids, absent...))
+	assert.Equal(t, comfyui.CategoryStorage, comfyui.CategoryOf(err), "%v", err)
+	assert.NotEmpty(t, lost)
+	assert.Less(t, len(lost), len(absent))
+	assert.Subset(t, absent, lost)
+
+	var walked []string
+	failures := 0
+	for r, err := range s.Unfinished(ctx, "") {
+		if err != nil {
+			failures++
+			assert.Equal(t, comfyui.CategoryStorage, comfyui.CategoryOf(err), "%v", err)
+		} else {
+			walked = append(walked, r.JobID)
+		}
+	}
+	assert.Positive(t, failures)
+	assert.NotEmpty(t, walked)
+	assert.Less(t, len(walked), len(ids))
+	assert.Subset(t, ids, walked)
+}
+
+// A real failover under Sentinel: the jobs that the replica had are there, and each has one owner.
+func TestRedisStoreUnderSentinel(t *testing.T) {
+	t.Parallel()
+	master := startRedis(t)
+	host, port, _ := net.SplitHostPort(master.addr)
+	replica := startRedis(t, "--replicaof", host+" "+port, "--repl-diskless-sync-delay", "0")
+	config := filepath.Join(t.TempDir(), "sentinel.conf")
+	require.NoError(t, os.WriteFile(config, []byte("sentinel monitor jobs "+host+" "+port+" 1\nsentinel down-after-milliseconds jobs 500\nsentinel failover-timeout jobs 2000\n"), 0o600))
+	sentinel := startRedisWith(t, func(port string) []string {
+		return []string{config, "--sentinel", "--port", port, "--bind", "127.0.0.1"}
+	})
+	ctx := t.Context()
+	require.Eventually(t, func() bool {
+		replicas, err := redis.NewSentinelClient(&redis.Options{Addr: sentinel.addr}).Replicas(ctx, "jobs").Result()
+		return err == nil && len(replicas) == 1 && replicas[0]["flags"] == "slave" && replicas[0]["master-link-status"] == "ok"
+	}, time.Minute, 50*time.Millisecond, "the sentinel does not see the replica")
+
+	client := redis.NewFailoverClient(&redis.FailoverOptions{MasterName: "jobs", SentinelAddrs: []string{sentinel.addr}})
+	t.Cleanup(func() { _ = client.Close() })
+	s := newRedisStore(t, client)
+	r, err := s.Create(ctx, &comfyui.Record{JobID: "job", Owner: "a", Attempt: 1, Progress: comfyui.Progress{Status: comfyui.StatusRunning}}, time.Hour)
+	require.NoError(t, err)
+	require.EqualValues(t, 1, master.client(t, nil).Wait(ctx, 1, time.Minute).Val(), "the replica has it")
+
+	events := watchInBackground(ctx, s, "job")
+	master.kill()
+	require.Eventually(t, func() bool {
+		role, err := replica.client(t, nil).Do(ctx, "role").Slice()
+		return err == nil && role[0] == "master"
+	}, time.Minute, 50*time.Millisecond, "no failover")
+	require.Eventually(t, func() bool {
+		_, err := s.Get(ctx, "job")
+		return err == nil
+	}, time.Minute, 50*time.Millisecond, "the client does not follow the failover")
+
+	_, err = s.Claim(ctx, "job", "b", time.Hour)
+	require.ErrorIs(t, err, comfyui.ErrJobHeld, "the lease has moved too")
+	r.Rev++
+	r.Progress.Status = comfyui.StatusSucceeded
+	_, err = s.Update(ctx, r)
+	require.NoError(t, err)
+	<-events.done
+	require.NoError(t, events.err)
+	assert.Equal(t, comfyui.EventSucceeded, events.kinds[len(events.kinds)-1])
 }

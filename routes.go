@@ -610,8 +610,8 @@ func (e *endpoint) dialer() *websocket.Dialer {
 			if dial := t.Dial; dial != nil && d.NetDialContext == nil { //nolint:staticcheck // the caller's may still use it
 				d.NetDial = dial
 			}
-			if t.TLSClientConfig != nil {
-				d.TLSClientConfig = t.TLSClientConfig.Clone()
+			// The transport itself writes to its TLS settings at its first request; a clone comes after that.
+			if d.TLSClientConfig = t.Clone().TLSClientConfig; d.TLSClientConfig != nil {
 				d.TLSClientConfig.NextProtos = nil // a WebSocket is HTTP/1.1
 			}
 		}

@@ -1,6 +1,7 @@
 package comfyui
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"context"
@@ -1011,9 +1012,11 @@ func TestS44SlowHeaders(t *testing.T) {
 				if err != nil {
 					return
 				}
-				go func() { _, _ = io.Copy(io.Discard, conn) }()
 				go func() {
 					defer func() { _ = conn.Close() }()
+					if _, err := http.ReadRequest(bufio.NewReader(conn)); err != nil { // an answer before the request is no answer
+						return
+					}
 					_, _ = io.WriteString(conn, "HTTP/1.1 200 OK\r\nX: ")
 					for {
 						select {
@@ -1252,6 +1255,23 @@ func TestDialer(t *testing.T) {
 	d = clientOf(t, "http://pod", WithTiming(Timing{Connect: 3 * time.Second})).endpoint.dialer()
 	assert.NotNil(t, d.NetDialContext)
 	assert.Equal(t, 3*time.Second, d.HandshakeTimeout)
+}
+
+// The first dial and the first request of a client happen at the same moment, and the transport sets itself up in it.
+func TestDialerBesideTheFirstRequest(t *testing.T) {
+	t.Parallel()
+	for range 20 {
+		c := serve(t, func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, `{"exec_info":{"queue_remaining":0}}`)
+		})
+		var wg sync.WaitGroup
+		wg.Go(func() { assert.Nil(t, c.endpoint.dialer().Jar) })
+		wg.Go(func() {
+			_, err := c.endpoint.queueRemaining(t.Context())
+			assert.NoError(t, err)
+		})
+		wg.Wait()
+	}
 }
 
 func TestJobRoutes(t *testing.T) {

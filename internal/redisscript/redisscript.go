@@ -28,6 +28,8 @@ var (
 	cancel string
 	//go:embed scan.lua
 	scan string
+	//go:embed read.lua
+	read string
 	//go:embed forget.lua
 	forget string
 )
@@ -42,6 +44,7 @@ var (
 	Release       = redis.NewScript(common + release)
 	RequestCancel = redis.NewScript(common + cancel)
 	Scan          = redis.NewScript(scan)
+	Read          = redis.NewScript(read)
 	Forget        = redis.NewScript(forget)
 )
 

@@ -1,0 +1,411 @@
+package comfyui_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/comfypod/comfyui"
+	"github.com/comfypod/comfyui/comfyuitest"
+)
+
+// versions are pods of every manner of behaving.
+var versions = []string{"0.3.40", "0.3.64", "0.8.0", "0.27.0", "0.33.0"}
+
+// onVersions runs a test on each of them, with a stream and without.
+func onVersions(t *testing.T, f func(b *bench), opts ...comfyuitest.Option) {
+	t.Helper()
+	for _, version := range versions {
+		for _, stream := range []bool{true, false} {
+			t.Run(fmt.Sprintf("%s/stream=%t", version, stream), func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(b *bench) {
+					if !stream {
+						b.pod.RefuseStreams(http.StatusForbidden)
+					}
+					f(b)
+				}, append(opts[:len(opts):len(opts)], comfyuitest.WithVersion(version))...)
+			})
+		}
+	}
+}
+
+func parse(t *testing.T, graph string) *comfyui.Workflow {
+	t.Helper()
+	w, err := comfyui.ParseWorkflow([]byte(graph))
+	require.NoError(t, err)
+	return w
+}
+
+// follow collects a job's events to its end.
+func (b *bench) follow(j *comfyui.Job) (events []comfyui.Event, r *comfyui.Result, err error) {
+	b.t.Helper()
+	for ev := range j.Events(b.ctx) {
+		events = append(events, ev)
+	}
+	r, err = j.Wait(b.ctx)
+	fraction := 0.0
+	for _, ev := range events {
+		assert.GreaterOrEqual(b.t, ev.Progress.Fraction, fraction, "progress fell")
+		fraction = ev.Progress.Fraction
+	}
+	return events, r, err
+}
+
+func kinds(events []comfyui.Event) map[comfyui.EventKind]int {
+	counted := map[comfyui.EventKind]int{}
+	for _, ev := range events {
+		counted[ev.Kind]++
+	}
+	return counted
+}
+
+func TestS29RestartMidJob(t *testing.T) {
+	t.Parallel()
+	for name, down := range map[string]time.Duration{"at once": 0, "slow": 2 * time.Minute} {
+		for _, first := range []bool{true, false} {
+			for _, stage := range []string{"pending", "running"} {
+				if first && down == 0 {
+					continue // nothing is left that could tell a restart from a cleared history
+				}
+				t.Run(fmt.Sprintf("%s/first=%t/%s", name, first, stage), func(t *testing.T) {
+					t.Parallel()
+					bubble(t, func(b *bench) {
+						c := b.client()
+						if !first {
+							_, err := c.Execute(b.ctx, graphOf(t, "Work", 1))
+							require.NoError(t, err)
+						}
+						if stage == "pending" {
+							_, err := b.client(comfyui.WithClientID("other")).Submit(b.ctx, graphOf(t, "Long", 7))
+							require.NoError(t, err)
+						}
+						j, err := c.Submit(b.ctx, graphOf(t, "Long", 2))
+						require.NoError(t, err)
+						time.Sleep(5 * time.Second)
+						old := j.PromptID()
+						b.pod.Restart(down)
+						events, r, err := b.follow(j)
+						succeeded(t, r, err)
+						assert.Equal(t, 2, r.Attempt)
+						assert.NotEqual(t, old, r.PromptID)
+						assert.Equal(t, 1, b.pod.Runs(r.PromptID), "resubmitted once")
+						assert.Equal(t, 1, kinds(events)[comfyui.EventRetrying])
+					})
+				})
+			}
+		}
+	}
+}
+
+func TestS29RestartAtMostOnce(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		c := b.client()
+		_, err := c.Execute(b.ctx, graphOf(t, "Work", 1))
+		require.NoError(t, err)
+		j, err := c.Submit(b.ctx, graphOf(t, "Long", 2), comfyui.AtMostOnce())
+		require.NoError(t, err)
+		time.Sleep(5 * time.Second)
+		b.pod.Restart(20 * time.Second)
+		r, err := j.Wait(b.ctx)
+		require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+		assert.Equal(t, 1, r.Attempt)
+		assert.Len(t, b.pod.Prompts(), 2)
+	})
+}
+
+func TestS29EachLostJobIsResubmittedOnce(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		c := b.client()
+		_, err := c.Execute(b.ctx, graphOf(t, "Work", 1))
+		require.NoError(t, err)
+		var jobs []*comfyui.Job
+		for i := range 20 {
+			j, err := c.Submit(b.ctx, graphOf(t, "Work", 100+i))
+			require.NoError(t, err)
+			jobs = append(jobs, j)
+		}
+		time.Sleep(7 * time.Second) // some have ended, one runs, most wait
+		b.pod.Restart(10 * time.Second)
+		for _, j := range jobs {
+			r, err := j.Wait(b.ctx)
+			succeeded(t, r, err)
+			assert.Equal(t, 1, b.pod.Runs(r.PromptID))
+			assert.LessOrEqual(t, r.Attempt, 2)
+		}
+		ends := 0
+		for _, p := range b.pod.Prompts() {
+			ends += p.Ends
+		}
+		assert.Equal(t, 21, ends)
+	})
+}
+
+func TestS30HistoryClearedBeforeItWasRead(t *testing.T) {
+	t.Parallel()
+	t.Run("outputs of the stream", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(b *bench) {
+			b.pod.Inject(comfyuitest.Fault{Route: "GET /history/", Status: 200, Body: "{}", Times: -1, Header: http.Header{"Content-Type": {"application/json"}}})
+			r, err := b.client().Execute(b.ctx, graphOf(t, "Work", 1))
+			succeeded(t, r, err)
+			b.ranOnce()
+		})
+	})
+	t.Run("nothing tells", func(t *testing.T) {
+		t.Parallel()
+		for _, version := range versions {
+			t.Run(version, func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(b *bench) {
+					b.pod.RefuseStreams(403)
+					c := b.client()
+					j, err := c.Submit(b.ctx, graphOf(t, "Work", 1))
+					require.NoError(t, err)
+					time.Sleep(1500 * time.Millisecond)
+					require.NoError(t, b.pod.WaitIdle(b.ctx))
+					b.pod.ClearHistory() // before the next look
+					r, err := j.Wait(b.ctx)
+					require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+					assert.Equal(t, comfyui.StatusFailed, r.Status)
+					assert.False(t, comfyui.CategoryOf(err).Retryable())
+					b.ranOnce()
+				}, comfyuitest.WithVersion(version))
+			})
+		}
+	})
+}
+
+func TestS31CancelEverywhere(t *testing.T) {
+	t.Parallel()
+	onVersions(t, func(b *bench) {
+		c := b.client()
+		other, err := b.client(comfyui.WithClientID("other")).Submit(b.ctx, graphOf(b.t, "Work", 50))
+		require.NoError(b.t, err)
+		j, err := c.Submit(b.ctx, graphOf(b.t, "Long", 1))
+		require.NoError(b.t, err)
+		require.NoError(b.t, j.Cancel(b.ctx), "pending")
+		_, r, err := b.follow(j)
+		require.ErrorIs(b.t, err, comfyui.ErrCancelled)
+		assert.Equal(b.t, comfyui.StatusCancelled, r.Status)
+		assert.Zero(b.t, b.pod.Runs(r.PromptID))
+		_, err = other.Wait(b.ctx)
+		require.NoError(b.t, err)
+
+		j, err = c.Submit(b.ctx, graphOf(b.t, "Long", 2))
+		require.NoError(b.t, err)
+		time.Sleep(5 * time.Second)
+		require.NoError(b.t, j.Cancel(b.ctx), "running")
+		r, err = j.Wait(b.ctx)
+		require.ErrorIs(b.t, err, comfyui.ErrCancelled)
+		assert.Equal(b.t, 1, b.pod.Runs(r.PromptID))
+		require.NoError(b.t, j.Cancel(b.ctx), "after the end")
+
+		j, err = c.Submit(b.ctx, graphOf(b.t, "Work", 3))
+		require.NoError(b.t, err)
+		r, err = j.Wait(b.ctx)
+		succeeded(b.t, r, err)
+		require.NoError(b.t, j.Cancel(b.ctx))
+	})
+}
+
+// Other jobs are never hit, whenever a cancel comes.
+func TestS31CancelAtRandomMoments(t *testing.T) {
+	t.Parallel()
+	for _, version := range versions {
+		t.Run(version, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				rng := rand.New(rand.NewPCG(7, uint64(len(version))))
+				c, other := b.client(), b.client(comfyui.WithClientID("other"))
+				for i := range 40 {
+					var wg sync.WaitGroup
+					victim, err := c.Submit(b.ctx, graphOf(t, "Work", i))
+					require.NoError(t, err)
+					for k := range 2 {
+						wg.Go(func() {
+							r, err := other.Execute(b.ctx, graphOf(t, "Work", 1000+2*i+k))
+							if assert.NoError(t, err) {
+								assert.Equal(t, 1, b.pod.Runs(r.PromptID))
+							}
+						})
+					}
+					time.Sleep(time.Duration(rng.Int64N(int64(3 * time.Second))))
+					err = victim.Cancel(b.ctx)
+					if err != nil {
+						assert.Equal(t, comfyui.CategoryConflict, comfyui.CategoryOf(err), "%v", err)
+						assert.Equal(t, "0.3.40", version)
+					}
+					r, werr := victim.Wait(b.ctx)
+					require.NotNil(t, r)
+					if !errors.Is(werr, comfyui.ErrCancelled) {
+						require.NoError(t, werr)
+					}
+					wg.Wait()
+				}
+			}, comfyuitest.WithVersion(version))
+		})
+	}
+}
+
+func TestS31OldPodWithOthersWaiting(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		c := b.client()
+		j, err := c.Submit(b.ctx, graphOf(t, "Long", 1))
+		require.NoError(t, err)
+		other, err := b.client(comfyui.WithClientID("other")).Submit(b.ctx, graphOf(t, "Work", 2))
+		require.NoError(t, err)
+		time.Sleep(3 * time.Second)
+		err = j.Cancel(b.ctx)
+		require.Error(t, err)
+		assert.Equal(t, comfyui.CategoryConflict, comfyui.CategoryOf(err))
+		r, err := j.Wait(b.ctx)
+		succeeded(t, r, err)
+		_, err = other.Wait(b.ctx)
+		require.NoError(t, err)
+	}, comfyuitest.WithVersion("0.3.40"))
+}
+
+func TestS31CancelledByAnotherProcess(t *testing.T) {
+	t.Parallel()
+	onVersions(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		owner, stranger := b.client(comfyui.WithStore(store)), b.client(comfyui.WithStore(store))
+		j, err := owner.Submit(b.ctx, graphOf(b.t, "Long", 1), comfyui.WithJobID("shared"))
+		require.NoError(b.t, err)
+		time.Sleep(5 * time.Second)
+		there, err := stranger.Attach(b.ctx, "shared")
+		require.NoError(b.t, err)
+		require.NoError(b.t, there.Cancel(b.ctx))
+		_, err = j.Wait(b.ctx)
+		require.ErrorIs(b.t, err, comfyui.ErrCancelled)
+		r, err := there.Wait(b.ctx)
+		require.ErrorIs(b.t, err, comfyui.ErrCancelled)
+		assert.Equal(b.t, comfyui.StatusCancelled, r.Status)
+		b.ranOnce()
+	})
+}
+
+func TestS31CancelWithContext(t *testing.T) {
+	t.Parallel()
+	onVersions(t, func(b *bench) {
+		ctx, cancel := context.WithTimeout(b.ctx, 5*time.Second)
+		defer cancel()
+		c := b.client()
+		_, err := c.Execute(ctx, graphOf(b.t, "Long", 1), comfyui.WithJobID("x"), comfyui.CancelWithContext())
+		require.ErrorIs(b.t, err, context.DeadlineExceeded)
+		assert.Equal(b.t, comfyui.CategoryContext, comfyui.CategoryOf(err))
+		_, err = c.Execute(b.ctx, graphOf(b.t, "Long", 1), comfyui.WithJobID("x"))
+		require.ErrorIs(b.t, err, comfyui.ErrCancelled)
+		require.NoError(b.t, b.pod.WaitIdle(b.ctx))
+	})
+}
+
+func TestS32DeadWorker(t *testing.T) {
+	t.Parallel()
+	onVersions(t, func(b *bench) {
+		c := b.client()
+		_, err := c.Execute(b.ctx, graphOf(b.t, "Work", 1))
+		require.NoError(b.t, err)
+		b.pod.KillWorker()
+		start := time.Now()
+		j, err := c.Submit(b.ctx, graphOf(b.t, "Work", 2))
+		require.NoError(b.t, err)
+		time.Sleep(time.Minute)
+		_, err = c.Health(b.ctx)
+		require.NoError(b.t, err)
+		time.Sleep(10 * time.Second)
+		h, err := c.Health(b.ctx)
+		require.NoError(b.t, err)
+		assert.Equal(b.t, comfyui.HealthStalled, h.State, "%v", h.Reasons)
+		r, err := j.Wait(b.ctx)
+		require.Error(b.t, err)
+		assert.Equal(b.t, comfyui.CategoryTimeout, comfyui.CategoryOf(err))
+		assert.Equal(b.t, comfyui.StatusFailed, r.Status)
+		assert.GreaterOrEqual(b.t, time.Since(start), 10*time.Minute)
+		assert.LessOrEqual(b.t, time.Since(start), 12*time.Minute)
+	})
+}
+
+func TestS33Limits(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		limits  comfyui.Limits
+		waiting bool // behind another job
+		class   string
+	}{
+		"total while running": {limits: comfyui.Limits{Total: 7 * time.Second}},
+		"total while queued":  {limits: comfyui.Limits{Total: 7 * time.Second}, waiting: true},
+		"queue":               {limits: comfyui.Limits{Queue: 7 * time.Second}, waiting: true},
+		"run":                 {limits: comfyui.Limits{Run: 7 * time.Second}},
+		"stall":               {limits: comfyui.Limits{Stall: 7 * time.Second}, class: "Silent"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			silent := comfyuitest.WithNode("Silent", comfyuitest.Node{Output: true, Run: func(ctx context.Context, _ *comfyuitest.Call) error {
+				select {
+				case <-ctx.Done():
+				case <-time.After(5 * time.Minute):
+				}
+				return ctx.Err()
+			}})
+			for _, version := range versions {
+				t.Run(version, func(t *testing.T) {
+					t.Parallel()
+					bubble(t, func(b *bench) {
+						if tc.waiting {
+							_, err := b.client(comfyui.WithClientID("other")).Submit(b.ctx, graphOf(t, "Long", 9))
+							require.NoError(t, err)
+						}
+						class := tc.class
+						if class == "" {
+							class = "Long"
+						}
+						start := time.Now()
+						r, err := b.client().Execute(b.ctx, graphOf(t, class, 1), comfyui.WithLimits(tc.limits))
+						require.Error(t, err)
+						assert.Equal(t, comfyui.CategoryTimeout, comfyui.CategoryOf(err), "%v", err)
+						assert.Equal(t, comfyui.StatusFailed, r.Status)
+						assert.GreaterOrEqual(t, time.Since(start), 7*time.Second)
+						assert.LessOrEqual(t, time.Since(start), 40*time.Second)
+						require.NoError(t, b.pod.WaitIdle(b.ctx))
+						for _, p := range b.pod.Prompts() {
+							if p.ID == r.PromptID {
+								assert.Zero(t, p.Ends, "cancelled on the pod")
+							} else {
+								assert.Equal(t, 1, p.Ends)
+							}
+						}
+					}, silent, comfyuitest.WithVersion(version))
+				})
+			}
+		})
+	}
+}
+
+func TestS33PodGone(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		c := b.client()
+		j, err := c.Submit(b.ctx, graphOf(t, "Long", 1))
+		require.NoError(t, err)
+		time.Sleep(5 * time.Second)
+		b.pod.Restart(2 * time.Hour)
+		start := time.Now()
+		r, err := j.Wait(b.ctx)
+		require.ErrorIs(t, err, comfyui.ErrPodGone)
+		assert.Equal(t, comfyui.StatusFailed, r.Status)
+		assert.InDelta(t, (10 * time.Minute).Seconds(), time.Since(start).Seconds(), 30)
+	})
+}
