@@ -224,7 +224,11 @@ func (t *tracker) submitted(jobID string, attempt int, j *tracked, r submitted) 
 	}()
 	j.posting.enough(nil)
 	j.posting.busy, j.posting.enough, j.posting.found = false, nil, nil
-	if t.jobs[jobID] != j || j.lease == nil || j.concluded || j.rec.Attempt != attempt {
+	if t.jobs[jobID] != j || j.lease == nil || j.concluded {
+		return
+	}
+	if j.rec.Attempt != attempt { // it was over before its answer came, and the next one waits for this
+		t.advance(j, now)
 		return
 	}
 	if r.workflow != nil {

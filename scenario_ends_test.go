@@ -132,6 +132,30 @@ func TestS27OutOfMemoryOnce(t *testing.T) {
 	}
 }
 
+// The attempt has failed before the answer to its POST comes: the next one is made all the same.
+func TestS27FailedBeforeTheReply(t *testing.T) {
+	t.Parallel()
+	for _, release := range releases {
+		for _, l := range []line{streaming, polling} {
+			t.Run(fmt.Sprintf("%s/%s", release, l), func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(b *bench) {
+					t := b.t
+					l.open(b)
+					var log journal
+					r, err := b.client().Execute(b.ctx, graphOf(t, "Fails", 1), log.option())
+					succeeded(t, r, err)
+					assert.Equal(t, 2, r.Attempt)
+					log.sane(t)
+					assert.Len(t, b.pod.Prompts(), 2)
+					b.untouched(r.PromptID)
+				}, comfyuitest.WithVersion(release), slowAnswer("/prompt", 10*time.Second),
+					comfyuitest.WithNode("Fails", fails(1, "torch.OutOfMemoryError", "Allocation on device")))
+			})
+		}
+	}
+}
+
 // The policy decides; AtMostOnce forbids.
 func TestS27Policies(t *testing.T) {
 	t.Parallel()

@@ -2,12 +2,15 @@ package comfyui_test
 
 import (
 	"fmt"
+	"maps"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -196,4 +199,22 @@ func (j *journal) sane(t *testing.T) {
 		}
 		assert.Equal(t, attempt, ev.Attempt, "event %d (%s)", i, ev.Kind)
 	}
+}
+
+// slowAnswer makes the pod handle POSTs of a path at once and answer them later.
+func slowAnswer(path string, by time.Duration) comfyuitest.Option {
+	return comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != http.MethodPost || !strings.HasSuffix(r.URL.Path, path) {
+				next.ServeHTTP(w, r)
+				return
+			}
+			answer := httptest.NewRecorder()
+			next.ServeHTTP(answer, r)
+			_ = pause(r.Context(), by)
+			maps.Copy(w.Header(), answer.Header())
+			w.WriteHeader(answer.Code)
+			_, _ = w.Write(answer.Body.Bytes())
+		})
+	})
 }
