@@ -647,15 +647,17 @@ type reconciler struct {
 	endpoint    *endpoint
 	started     time.Time
 	wanted      []sought
-	byMarker    bool   // an old pod may know the attempts by their marker only
-	heavy       bool   // the queue is large: ask for single jobs where the pod can do that
-	fingerprint bool   // compare the process with the one before
-	oldest      string // its oldest history entry
-	ended       string // a history entry that was read
-	heard       int64  // frames that the stream had heard when the look began
+	byMarker    bool     // an old pod may know the attempts by their marker only
+	heavy       bool     // the queue is large: ask for single jobs where the pod can do that
+	fingerprint bool     // compare the process with the one before
+	witnesses   []string // prompts that it must have
+	incarnation int      // of the pod when the look began
+	proven      int64    // endpoint.breaks when the witnesses were last known to be there
+	heard       int64    // frames that the stream had heard when the look began
 
 	err      error
-	whole    bool // the whole queue was read
+	breaks   int64 // endpoint.breaks when the queue had been read
+	whole    bool  // the whole queue was read
 	cost     time.Duration
 	bytes    int
 	shape    queueShape
@@ -667,8 +669,8 @@ type reconciler struct {
 type evidence struct {
 	taken  bool
 	oldest string
-	same   bool // an entry that was seen before is still there
-	gone   bool // none of those is
+	same   bool // a witness is still there
+	gone   bool // there were witnesses, and none of them is
 	empty  bool // there is none at all
 }
 
@@ -686,7 +688,7 @@ func (r *reconciler) run(ctx context.Context) {
 	if r.err == nil {
 		r.lookAtHistory(ctx)
 	}
-	if r.err == nil && r.fingerprint {
+	if r.err == nil && (r.fingerprint || r.breaks > r.proven) {
 		r.takeFingerprint(ctx)
 	}
 }
@@ -713,13 +715,14 @@ func (r *reconciler) lookSingly(ctx context.Context) bool {
 		}
 		r.spots[w.promptID] = at
 	}
-	r.cost = time.Since(start)
+	r.cost, r.breaks = time.Since(start), r.endpoint.breaks.Load()
 	return true
 }
 
 func (r *reconciler) lookAtQueue(ctx context.Context) {
 	start := time.Now()
 	running, pending, size, err := r.endpoint.queue(ctx, false)
+	r.breaks = r.endpoint.breaks.Load()
 	if err != nil {
 		r.err = err
 		return
@@ -729,6 +732,8 @@ func (r *reconciler) lookAtQueue(ctx context.Context) {
 	if len(running) > 0 {
 		r.shape.first = running[0].PromptID
 	}
+	isWitness := func(it wire.QueueItem) bool { return slices.Contains(r.witnesses, it.PromptID) }
+	r.evidence.same = slices.ContainsFunc(running, isWitness) || slices.ContainsFunc(pending, isWitness)
 	byPrompt := make(map[string]*spot, len(r.wanted))
 	byMarker := make(map[marked]*spot, len(r.wanted))
 	for _, w := range r.wanted {
@@ -848,33 +853,31 @@ func (r *reconciler) searchMarkers(ctx context.Context) {
 	}
 }
 
-// takeFingerprint compares the history with what was seen of it before: entries do not vanish while a process lives, but for
-// the oldest of ten thousand and what somebody deletes.
+// takeFingerprint looks for the witnesses: entries do not vanish from the history while a process lives, but for the oldest of ten
+// thousand and what somebody deletes.
 func (r *reconciler) takeFingerprint(ctx context.Context) {
 	entry, err := r.endpoint.oldestHistory(ctx)
 	if err != nil {
 		r.err = err
 		return
 	}
-	e := evidence{taken: true, empty: entry == nil}
+	e := evidence{taken: true, empty: entry == nil, same: r.evidence.same}
 	if entry != nil {
 		e.oldest = entry.PromptID
+		e.same = e.same || slices.Contains(r.witnesses, e.oldest)
 	}
-	e.same = e.oldest != "" && e.oldest == r.oldest
-	known := 0
-	for _, id := range []string{r.oldest, r.ended} {
-		if id == "" || e.same {
-			continue
+	for _, id := range r.witnesses {
+		if e.same || e.empty {
+			break
 		}
-		known++
-		still, err := r.endpoint.history(ctx, id)
+		found, err := r.endpoint.history(ctx, id)
 		if err != nil {
 			r.err = err
 			return
 		}
-		e.same = still != nil
+		e.same = found != nil
 	}
-	e.gone = known > 0 && !e.same
+	e.gone = r.whole && len(r.witnesses) > 0 && !e.same
 	r.evidence = e
 }
 

@@ -455,6 +455,12 @@ type endpoint struct {
 	life     context.Context
 	end      context.CancelCauseFunc
 
+	// breaks counts signs that connections to the pod were lost, idle ones too, or that a proxy found no process: another process
+	// may answer since then. A time-out is none: a pod that is silent is busy as a rule.
+	breaks  atomic.Int64
+	idle    atomic.Int64 // connections that wait to be used again, as far as the transport tells
+	seeking atomic.Int64 // requests that wait for a connection
+
 	mu          sync.Mutex
 	known       string    // the pod's version; "": not known
 	maxUpload   int64     // of /features; 0: not known, -1: none told
@@ -646,7 +652,7 @@ func (e *endpoint) send(ctx context.Context, q call) (*http.Response, error) {
 
 func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error) {
 	l := e.lifeline(ctx, q.op)
-	reached := &connection{line: l, body: q.body}
+	reached := &connection{endpoint: e, line: l, body: q.body}
 	req, err := e.request(l, q, reached)
 	if err != nil {
 		l.end()
@@ -654,12 +660,14 @@ func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error)
 	}
 	client := e.client
 	for hop := 0; ; hop++ {
+		reached.tries.Store(0)
 		resp, err := client.Do(req)
 		if err != nil {
 			if resp != nil {
 				_ = resp.Body.Close()
 			}
 			err = e.unanswered(l, q, req, reached, err)
+			reached.over()
 			l.end()
 			return nil, err
 		}
@@ -866,9 +874,12 @@ func (l *lifeline) cut() *Error {
 
 // connection is how far a request got.
 type connection struct {
-	line  *lifeline
-	body  *outgoing // nil: none
-	state atomic.Int32
+	endpoint *endpoint
+	line     *lifeline
+	body     *outgoing // nil: none
+	state    atomic.Int32
+	tries    atomic.Int32 // connections that one request was given
+	spare    atomic.Bool  // one was idle when it was sought, and nobody else sought any
 }
 
 const (
@@ -879,15 +890,56 @@ const (
 
 func (c *connection) trace() *httptrace.ClientTrace {
 	return &httptrace.ClientTrace{
-		GetConn: func(string) { c.state.Store(connectionSought) },
+		GetConn: func(string) { c.seek() },
 		GotConn: c.made,
+		PutIdleConn: func(err error) {
+			if err == nil {
+				c.endpoint.idle.Add(1)
+			}
+		},
+	}
+}
+
+// seek notes that the transport looks for a connection.
+func (c *connection) seek() {
+	if c.state.Swap(connectionSought) == connectionSought {
+		return
+	}
+	alone := c.endpoint.seeking.Add(1) == 1
+	c.spare.Store(alone && c.endpoint.idle.Load() > 0)
+}
+
+// found looks for signs that a connection was lost: the transport had to take another one for the same request, or had to make one
+// though one should have been idle, and nobody else can have taken that.
+func (c *connection) found(reused bool) {
+	e := c.endpoint
+	alone := true
+	if c.state.Swap(connectionMade) == connectionSought {
+		alone = e.seeking.Add(-1) == 0
+	}
+	if c.tries.Add(1) > 1 {
+		e.breaks.Add(1)
+	}
+	switch {
+	case reused:
+		e.idle.Add(-1)
+	case alone && c.spare.Load() && e.idle.Load() > 0:
+		e.idle.Store(0)
+		e.breaks.Add(1)
+	}
+}
+
+// over ends the search that found nothing.
+func (c *connection) over() {
+	if c.state.Load() == connectionSought {
+		c.endpoint.seeking.Add(-1)
 	}
 }
 
 // made asks confirm before the headers go out: there are routes that act without reading a body. If it refuses, the connection is
 // spoilt for writing, because nothing else keeps an HTTP/1 transport from sending the headers. HTTP/2 heeds the ctx.
 func (c *connection) made(info httptrace.GotConnInfo) {
-	c.state.Store(connectionMade)
+	c.found(info.Reused)
 	if c.body == nil || c.body.confirm == nil {
 		return
 	}
@@ -935,6 +987,9 @@ func (e *endpoint) unanswered(l *lifeline, q call, req *http.Request, reached *c
 		if failed.Category == CategoryUnknown {
 			failed.Category = CategoryNetwork
 		}
+		if failed.Category == CategoryNetwork {
+			e.breaks.Add(1)
+		}
 	}
 	// A transport sends a POST again only when nothing of it went out before. So a body that was read and a last try that got no
 	// connection is a request of which nothing was sent.
@@ -953,6 +1008,9 @@ func (e *endpoint) refused(l *lifeline, q call, req *http.Request, resp *http.Re
 	}
 	failed := classifyRefusal(resp.StatusCode, resp.Header, []byte(e.scrub(string(body), req.Header)))
 	failed.Op, failed.Pod = q.op, e.opts.name
+	if isRefusal(failed) {
+		e.breaks.Add(1)
+	}
 	switch {
 	case strings.Contains(resp.Header.Get("Location"), pendingMark):
 		failed.Category, failed.Err = CategoryTimeout, &pendingResult{failed.Err}
@@ -1082,6 +1140,9 @@ func (b *incoming) Read(p []byte) (int, error) {
 	failed := &Error{Op: b.line.op, Pod: e.opts.name, Category: CategoryOf(err), Err: e.scrubbed(err, b.req.Header)}
 	if failed.Category == CategoryUnknown {
 		failed.Category = CategoryNetwork
+	}
+	if failed.Category == CategoryNetwork {
+		e.breaks.Add(1)
 	}
 	return n, failed
 }

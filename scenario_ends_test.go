@@ -2,8 +2,12 @@ package comfyui_test
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -123,6 +127,30 @@ func TestS27OutOfMemoryOnce(t *testing.T) {
 					assert.Len(t, b.pod.Prompts(), 2)
 					b.untouched(r.PromptID)
 				}, comfyuitest.WithVersion(release), comfyuitest.WithNode("Fails", fails(1, "torch.OutOfMemoryError", "Allocation on device")))
+			})
+		}
+	}
+}
+
+// The attempt has failed before the answer to its POST comes: the next one is made all the same.
+func TestS27FailedBeforeTheReply(t *testing.T) {
+	t.Parallel()
+	for _, release := range releases {
+		for _, l := range []line{streaming, polling} {
+			t.Run(fmt.Sprintf("%s/%s", release, l), func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(b *bench) {
+					t := b.t
+					l.open(b)
+					var log journal
+					r, err := b.client().Execute(b.ctx, graphOf(t, "Fails", 1), log.option())
+					succeeded(t, r, err)
+					assert.Equal(t, 2, r.Attempt)
+					log.sane(t)
+					assert.Len(t, b.pod.Prompts(), 2)
+					b.untouched(r.PromptID)
+				}, comfyuitest.WithVersion(release), slowAnswer("/prompt", 10*time.Second),
+					comfyuitest.WithNode("Fails", fails(1, "torch.OutOfMemoryError", "Allocation on device")))
 			})
 		}
 	}
@@ -372,4 +400,493 @@ func TestS28RemovedBySomeoneElse(t *testing.T) {
 	}
 }
 
-var _ = strings.Contains
+// ------------------------------------------------------------ S29: restarts
+
+// raw posts a graph as some other program would that does not come back for it.
+func (b *bench) raw(class string, seed int) {
+	b.t.Helper()
+	b.send(http.MethodPost, "/prompt", fmt.Sprintf(`{"prompt":{"1":{"class_type":%q,"inputs":{"seed":%d}}},"client_id":"raw"}`, class, seed))
+}
+
+// mine are the prompts of a job, told by their markers, in order of their first POST.
+func (b *bench) mine(jobID string) []comfyuitest.Prompt {
+	b.t.Helper()
+	var mine []comfyuitest.Prompt
+	for _, p := range b.pod.Prompts() {
+		var marker struct {
+			JobID string `json:"job_id"`
+		}
+		if raw := p.ExtraData["comfyui_go"]; raw != nil {
+			require.NoError(b.t, json.Unmarshal(raw, &marker))
+		}
+		if marker.JobID == jobID {
+			mine = append(mine, p)
+		}
+	}
+	return mine
+}
+
+// A restart while the job waits or runs, slow or so quick that no connection is refused, with a stream and without, as the first
+// job of the process or not: the job is lost and posted once more; with AtMostOnce it is not.
+func TestS29Restart(t *testing.T) {
+	t.Parallel()
+	for _, down := range []time.Duration{0, 10 * time.Second, 2 * time.Minute} {
+		for _, running := range []bool{false, true} {
+			for _, seasoned := range []bool{false, true} {
+				for _, atMostOnce := range []bool{false, true} {
+					name := fmt.Sprintf("down=%s/running=%t/seasoned=%t/atmostonce=%t", down, running, seasoned, atMostOnce)
+					t.Run(name, func(t *testing.T) {
+						t.Parallel()
+						everywhere(t, releases, lines, func(t *testing.T, b *bench, l line) {
+							c := b.client()
+							if seasoned {
+								_, err := c.Execute(b.ctx, graphOf(t, "Work", 7))
+								require.NoError(t, err)
+							}
+							states := []comfyui.EventKind{comfyui.EventQueued}
+							if running {
+								states = append(states, comfyui.EventStarted)
+							} else {
+								b.raw("Long", 1)
+							}
+							var log journal
+							opts := []comfyui.JobOption{comfyui.WithJobID("mine"), log.option()}
+							if atMostOnce {
+								opts = append(opts, comfyui.AtMostOnce())
+							}
+							j, err := c.Submit(b.ctx, graphOf(t, "Long", 2), opts...)
+							require.NoError(t, err)
+							time.Sleep(5*time.Second + 300*time.Millisecond)
+							l.middle(b)
+							time.Sleep(5 * time.Second)
+							b.pod.Restart(down)
+							restarted := time.Now()
+							r, err := j.Wait(b.ctx)
+							log.sane(t)
+							prompts := b.mine("mine")
+							assert.Equal(t, 1, prompts[0].Posts)
+							assert.Zero(t, prompts[0].Ends)
+							if atMostOnce {
+								require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+								assert.Equal(t, comfyui.CategoryUnknown, comfyui.CategoryOf(err))
+								require.NotNil(t, r)
+								assert.Equal(t, 1, r.Attempt)
+								assert.Len(t, prompts, 1, "no second POST")
+								assert.Equal(t, append(states, comfyui.EventFailed), log.states())
+								return
+							}
+							succeeded(t, r, err)
+							assert.Equal(t, 2, r.Attempt)
+							require.Len(t, prompts, 2)
+							assert.Equal(t, prompts[1].ID, r.PromptID)
+							b.untouched(r.PromptID)
+							states = append(states, comfyui.EventRetrying, comfyui.EventQueued, comfyui.EventStarted, comfyui.EventSucceeded)
+							assert.Equal(t, states, log.states())
+							retrying := log.of(comfyui.EventRetrying)[0]
+							require.ErrorIs(t, retrying.Err, comfyui.ErrJobLost)
+							assert.Equal(t, comfyui.CategoryLost, comfyui.CategoryOf(retrying.Err))
+							assert.Less(t, retrying.Time.Sub(restarted), down+45*time.Second, "two looks apart")
+						})
+					})
+				}
+			}
+		}
+	}
+}
+
+// Several jobs at once: each is posted once more, whatever it was doing.
+func TestS29SeveralJobs(t *testing.T) {
+	t.Parallel()
+	for _, down := range []time.Duration{0, 2 * time.Minute} {
+		t.Run(down.String(), func(t *testing.T) {
+			t.Parallel()
+			everywhere(t, releases, lines, func(t *testing.T, b *bench, l line) {
+				c := b.client()
+				const jobs = 5
+				var logs [jobs]journal
+				var handles [jobs]*comfyui.Job
+				for i := range jobs {
+					var err error
+					handles[i], err = c.Submit(b.ctx, graphOf(t, "Work", i/2), comfyui.WithJobID(fmt.Sprint(i)), logs[i].option())
+					require.NoError(t, err)
+				}
+				time.Sleep(2500 * time.Millisecond) // the first has ended, its twin was cached, the third runs
+				l.middle(b)
+				time.Sleep(700 * time.Millisecond)
+				b.pod.Restart(down)
+				for i, j := range handles {
+					r, err := j.Wait(b.ctx)
+					succeeded(t, r, err)
+					logs[i].sane(t)
+					prompts := b.mine(fmt.Sprint(i))
+					ends := 0
+					for _, p := range prompts {
+						assert.Equal(t, 1, p.Posts, "job %d", i)
+						ends += p.Ends
+					}
+					assert.Equal(t, 1, ends, "job %d", i)
+					if i >= 2 {
+						assert.Len(t, prompts, 2, "job %d", i)
+						assert.Equal(t, 2, r.Attempt, "job %d", i)
+					} else {
+						assert.Len(t, prompts, 1, "job %d", i)
+					}
+				}
+			})
+		})
+	}
+}
+
+// A workflow that kills the pod must not kill it for ever: lost twice is lost.
+func TestS29LostTwice(t *testing.T) {
+	t.Parallel()
+	killer := comfyuitest.WithNode("Killer", comfyuitest.Node{Output: true, Run: func(ctx context.Context, c *comfyuitest.Call) error {
+		if err := pause(ctx, 3*time.Second); err != nil {
+			return err
+		}
+		c.Pod().Restart(20 * time.Second)
+		return nil
+	}})
+	everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, _ line) {
+		var log journal
+		r, err := b.client().Execute(b.ctx, graphOf(t, "Killer", 1), log.option())
+		require.ErrorIs(t, err, comfyui.ErrJobLost)
+		require.NotNil(t, r)
+		assert.Equal(t, 2, r.Attempt)
+		assert.Equal(t, comfyui.StatusFailed, r.Status)
+		log.sane(t)
+		require.Len(t, b.pod.Prompts(), 2)
+		for _, p := range b.pod.Prompts() {
+			assert.Equal(t, 1, p.Posts)
+			assert.Equal(t, 1, p.Runs)
+		}
+	}, killer)
+}
+
+// onFirst calls f with the pod after it has handled the first request of a route, and drops the answer.
+func onFirst(route string, f func(pod *comfyuitest.Pod)) (option comfyuitest.Option, use func(pod *comfyuitest.Pod)) {
+	var pod atomic.Pointer[comfyuitest.Pod]
+	var seen atomic.Bool
+	method, path, _ := strings.Cut(route, " ")
+	option = comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != method || !strings.HasSuffix(r.URL.Path, path) || !seen.CompareAndSwap(false, true) {
+				next.ServeHTTP(w, r)
+				return
+			}
+			next.ServeHTTP(httptest.NewRecorder(), r)
+			f(pod.Load())
+			panic(http.ErrAbortHandler)
+		})
+	})
+	return option, pod.Store
+}
+
+// The pod takes the POST, and ends before it answers. The attempt is looked for and posted again under its id; at most once means
+// that it is not.
+func TestS29RestartAtThePost(t *testing.T) {
+	t.Parallel()
+	for _, down := range []time.Duration{0, 30 * time.Second} {
+		for _, atMostOnce := range []bool{false, true} {
+			for _, release := range releases {
+				for _, l := range []line{streaming, polling} {
+					t.Run(fmt.Sprintf("down=%s/atmostonce=%t/%s/%s", down, atMostOnce, release, l), func(t *testing.T) {
+						t.Parallel()
+						option, use := onFirst("POST /prompt", func(pod *comfyuitest.Pod) { pod.Restart(down) })
+						bubble(t, func(b *bench) {
+							t := b.t
+							use(b.pod)
+							l.open(b)
+							var log journal
+							opts := []comfyui.JobOption{comfyui.WithJobID("mine"), log.option()}
+							if atMostOnce {
+								opts = append(opts, comfyui.AtMostOnce())
+							}
+							r, err := b.client().Execute(b.ctx, graphOf(t, "Work", 1), opts...)
+							log.sane(t)
+							posts, ends := 0, 0
+							for _, p := range b.mine("mine") {
+								posts, ends = posts+p.Posts, ends+p.Ends
+							}
+							if atMostOnce {
+								require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+								assert.Equal(t, 1, posts)
+								return
+							}
+							succeeded(t, r, err)
+							assert.Equal(t, 2, posts)
+							assert.Equal(t, 1, ends)
+						}, comfyuitest.WithVersion(release), option)
+					})
+				}
+			}
+		}
+	}
+}
+
+// The pod ends between the terminal frame and the read of the history: the stream has told all, and nothing is run again.
+func TestS29RestartBeforeTheHistoryWasRead(t *testing.T) {
+	t.Parallel()
+	for _, down := range []time.Duration{0, 2 * time.Minute} {
+		for _, atMostOnce := range []bool{false, true} {
+			t.Run(fmt.Sprintf("down=%s/atmostonce=%t", down, atMostOnce), func(t *testing.T) {
+				t.Parallel()
+				everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, l line) {
+					var log journal
+					opts := []comfyui.JobOption{comfyui.WithJobID("mine"), log.option()}
+					if atMostOnce {
+						opts = append(opts, comfyui.AtMostOnce())
+					}
+					j, err := b.client().Submit(b.ctx, graphOf(t, "Work", 1), opts...)
+					require.NoError(t, err)
+					free := b.pod.Inject(comfyuitest.Fault{Route: "GET /history", Effect: comfyuitest.Drop, Times: -1})
+					time.Sleep(2500 * time.Millisecond) // it has ended half a second ago
+					require.NoError(t, b.pod.WaitIdle(b.ctx))
+					free()
+					b.pod.Restart(down)
+					r, err := j.Wait(b.ctx)
+					log.sane(t)
+					switch {
+					case l.heard():
+						succeeded(t, r, err)
+						b.untouched(r.PromptID)
+						b.ranOnce()
+						assert.Equal(t, wentWell, log.states())
+					case atMostOnce:
+						require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+						b.ranOnce()
+					default: // the pod died before the result was read: the one case for which the promise allows a second run
+						succeeded(t, r, err)
+						assert.Equal(t, 2, r.Attempt)
+						b.untouched(r.PromptID)
+					}
+				})
+			})
+		}
+	}
+}
+
+// Restarts at random moments, of random length, with all kinds of lines: each job ends well, and none is posted more than once
+// beyond what was lost.
+func TestS29RestartAtRandomMoments(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(120) {
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
+			rng := rand.New(rand.NewPCG(seed, 29))
+			release, l := releases[rng.IntN(len(releases))], lines[rng.IntN(len(lines))]
+			bubble(t, func(b *bench) {
+				t := b.t
+				l.open(b)
+				c := b.client()
+				if rng.IntN(2) == 0 {
+					_, err := c.Execute(b.ctx, graphOf(t, "Work", 99))
+					require.NoError(t, err)
+				}
+				jobs := make([]*comfyui.Job, 1+rng.IntN(4))
+				logs := make([]journal, len(jobs))
+				start := time.Now()
+				for i := range jobs {
+					var err error
+					jobs[i], err = c.Submit(b.ctx, graphOf(t, "Work", i), comfyui.WithJobID(fmt.Sprint(i)), logs[i].option())
+					require.NoError(t, err)
+				}
+				time.Sleep(time.Duration(rng.Int64N(int64(9 * time.Second))))
+				if rng.IntN(2) == 0 {
+					l.middle(b)
+				}
+				time.Sleep(time.Duration(rng.Int64N(int64(time.Second))))
+				down := []time.Duration{0, time.Second, 7 * time.Second, time.Minute}[rng.IntN(4)]
+				at := time.Since(start)
+				b.pod.Restart(down)
+				for i, j := range jobs {
+					r, err := j.Wait(b.ctx)
+					succeeded(t, r, err)
+					logs[i].sane(t)
+					prompts := b.mine(fmt.Sprint(i))
+					assert.LessOrEqual(t, len(prompts), 2)
+					ends := 0
+					for _, p := range prompts {
+						assert.Equal(t, 1, p.Posts)
+						ends += p.Ends
+					}
+					last := prompts[len(prompts)-1]
+					assert.Equal(t, r.PromptID, last.ID)
+					// An end that nobody had read goes with the process; a stream has told of it.
+					if l.heard() || len(prompts) == 1 {
+						assert.Equal(t, 1, ends, "job %d, restart of %s after %s, %s, %s", i, down, at, release, l)
+					} else {
+						assert.LessOrEqual(t, ends, 2)
+					}
+				}
+			}, comfyuitest.WithVersion(release))
+		})
+	}
+}
+
+// ---------------------------------------------------- S30: history cleared
+
+// clears are the ways in which an entry leaves the history.
+var clears = map[string]func(b *bench, promptID string){
+	"cleared": func(b *bench, _ string) { b.pod.ClearHistory() },
+	"deleted": func(b *bench, id string) { b.send(http.MethodPost, "/history", fmt.Sprintf(`{"delete":[%q]}`, id)) },
+}
+
+// The history goes before it was read. Who has heard the end has the outputs; who has not says that nobody knows. Nothing runs twice,
+// and nothing hangs.
+func TestS30HistoryCleared(t *testing.T) {
+	t.Parallel()
+	for way, forget := range clears {
+		for _, seasoned := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/seasoned=%t", way, seasoned), func(t *testing.T) {
+				t.Parallel()
+				everywhere(t, releases, lines, func(t *testing.T, b *bench, l line) {
+					c := b.client()
+					if seasoned {
+						_, err := c.Execute(b.ctx, graphOf(t, "Work", 7))
+						require.NoError(t, err)
+					}
+					var log journal
+					j, err := c.Submit(b.ctx, parsed(t, savesThenWaits), comfyui.WithJobID("mine"), log.option())
+					require.NoError(t, err)
+					time.Sleep(2300 * time.Millisecond)
+					if l != streaming {
+						l.middle(b)
+						b.pod.RefuseStreams(502) // so that the end is not heard
+					}
+					time.Sleep(time.Second)
+					unread := b.pod.Inject(comfyuitest.Fault{Route: "GET /history", Effect: comfyuitest.Hang, Times: -1})
+					time.Sleep(2 * time.Second)
+					require.NoError(t, b.pod.WaitIdle(b.ctx))
+					forget(b, j.PromptID())
+					unread()
+					start := time.Now()
+					r, err := j.Wait(b.ctx)
+					log.sane(t)
+					p := b.mine("mine")
+					require.Equal(t, 1, len(p), "one POST")
+					b.untouched(p[0].ID)
+					assert.LessOrEqual(t, time.Since(start), 2*time.Minute)
+					require.NotNil(t, r)
+					assert.Equal(t, 1, r.Attempt)
+					if l == streaming {
+						succeeded(t, r, err)
+						require.Len(t, r.Outputs, 2)
+						assert.ElementsMatch(t, []string{"1", "3"}, []string{r.Outputs[0].Node, r.Outputs[1].Node})
+						assert.Equal(t, wentWell, log.states())
+						assert.Empty(t, r.Warnings)
+						file, err := r.Outputs[0].Open(b.ctx)
+						require.NoError(t, err, "the outputs know their pod")
+						require.NoError(t, file.Close())
+						return
+					}
+					require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+					require.NotErrorIs(t, err, comfyui.ErrJobLost)
+					assert.False(t, comfyui.CategoryOf(err).Retryable())
+					assert.Equal(t, comfyui.StatusFailed, r.Status)
+					assert.Equal(t, ranAndFailed, log.states())
+				}, slow, quick)
+			})
+		}
+	}
+}
+
+const savesThenWaits = `{
+	"1":{"class_type":"Work","inputs":{}},
+	"2":{"class_type":"Slow","inputs":{"after":["1",0]}},
+	"3":{"class_type":"Quick","inputs":{"after":["2",0]}}
+}`
+
+// quick takes no time.
+var quick = comfyuitest.WithNode("Quick", comfyuitest.Steps(1, 0))
+
+// A job that waited at one look, and has run and been forgotten at the next, was not removed: it may have run. Also when another
+// prompt has begun to run since then, which is no witness of what was before it.
+func TestS30RanBetweenTwoLooks(t *testing.T) {
+	t.Parallel()
+	for _, followed := range []bool{false, true} {
+		t.Run(fmt.Sprintf("followed by another=%t", followed), func(t *testing.T) {
+			t.Parallel()
+			everywhere(t, releases, []line{polling}, func(t *testing.T, b *bench, _ line) {
+				c := b.client()
+				b.raw("Work", 1)
+				j, err := c.Submit(b.ctx, graphOf(t, "Quick", 1), comfyui.WithJobID("mine"))
+				require.NoError(t, err)
+				b.raw("Mute", 2)
+				time.Sleep(1500 * time.Millisecond)
+				assert.Equal(t, comfyui.StatusQueued, j.Progress().Status)
+				blind := b.pod.Inject(comfyuitest.Fault{Route: "GET /", Effect: comfyuitest.Hang, Times: -1})
+				time.Sleep(2 * time.Second)
+				require.NoError(t, b.pod.WaitIdle(b.ctx))
+				b.pod.ClearHistory()
+				if followed {
+					b.raw("Long", 3)
+				}
+				blind()
+				r, err := j.Wait(b.ctx)
+				require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+				require.NotNil(t, r)
+				b.untouched(r.PromptID)
+			}, quick, comfyuitest.WithNode("Mute", comfyuitest.Node{Output: true}))
+		})
+	}
+}
+
+// The stream had a gap when the outputs passed, but brings the end; the history is gone: a success with a warning.
+func TestS30StreamWithAGap(t *testing.T) {
+	t.Parallel()
+	for _, release := range releases {
+		t.Run(release, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				t := b.t
+				var log journal
+				j, err := b.client().Submit(b.ctx, parsed(t, savesThenWaits), log.option())
+				require.NoError(t, err)
+				time.Sleep(1900 * time.Millisecond)
+				b.pod.CutStreams(comfyuitest.CutReset)
+				time.Sleep(time.Second) // it is up again: the first node's output was not heard
+				b.pod.Inject(comfyuitest.Fault{Route: "GET /history/", Status: 200, Body: "{}", Header: http.Header{"Content-Type": {"application/json"}}, Times: -1})
+				r, err := j.Wait(b.ctx)
+				succeeded(t, r, err)
+				require.Len(t, r.Outputs, 1)
+				assert.Equal(t, "3", r.Outputs[0].Node)
+				require.Len(t, r.Warnings, 1)
+				assert.Contains(t, r.Warnings[0].Error(), "outputs may be missing")
+				log.sane(t)
+				b.untouched(r.PromptID)
+			}, comfyuitest.WithVersion(release), slow, quick)
+		})
+	}
+}
+
+// The pod remembers few prompts, and the client polls: an entry can be evicted before it was read.
+func TestS30HistoryEvicted(t *testing.T) {
+	t.Parallel()
+	everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, l line) {
+		c := b.client()
+		var jobs []*comfyui.Job
+		for i := range 12 {
+			j, err := c.Submit(b.ctx, graphOf(t, "Echo", i), comfyui.WithJobID(fmt.Sprint(i)))
+			require.NoError(t, err)
+			jobs = append(jobs, j)
+		}
+		unknown := 0
+		for i, j := range jobs {
+			r, err := j.Wait(b.ctx)
+			require.NotNil(t, r)
+			if l == polling && errors.Is(err, comfyui.ErrOutcomeUnknown) {
+				unknown++
+			} else {
+				succeeded(t, r, err)
+				assert.Equal(t, fmt.Sprint(i), r.Outputs[0].Text)
+			}
+			prompts := b.mine(fmt.Sprint(i))
+			require.Len(t, prompts, 1)
+			b.untouched(prompts[0].ID)
+		}
+		if l == polling {
+			assert.Positive(t, unknown, "or this test shows nothing")
+		}
+	}, echo, comfyuitest.WithHistorySize(1))
+}

@@ -6,8 +6,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
-	"net/http"
-	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
@@ -372,7 +370,7 @@ func TestS21OtherClientsBroadcasts(t *testing.T) {
 		assert.Equal(t, comfyui.StatusSucceeded, r.Status)
 		time.Sleep(1500 * time.Millisecond) // the second broadcast is under way, after a job of this stream has ended
 		silent(&waitsLonger, "while others run")
-		r, err = second.Wait(b.ctx)
+		_, err = second.Wait(b.ctx)
 		require.NoError(t, err)
 		for _, log := range []*journal{&waits, &waitsLonger} {
 			log.sane(t)
@@ -743,24 +741,10 @@ func TestS24FrozenAtThePost(t *testing.T) {
 // A job that has ended before Submit returns: Wait returns at once, with the outputs.
 func TestS25FastJob(t *testing.T) {
 	t.Parallel()
-	late := comfyuitest.WithHandler(func(next http.Handler) http.Handler {
-		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if r.Method == http.MethodPost && strings.HasSuffix(r.URL.Path, "/prompt") {
-				answer := httptest.NewRecorder()
-				next.ServeHTTP(answer, r)
-				_ = pause(r.Context(), 5*time.Second)
-				w.Header().Set("Content-Type", answer.Header().Get("Content-Type"))
-				w.WriteHeader(answer.Code)
-				_, _ = w.Write(answer.Body.Bytes())
-				return
-			}
-			next.ServeHTTP(w, r)
-		})
-	})
 	for _, tc := range []struct {
 		name string
 		opts []comfyuitest.Option
-	}{{"quick", nil}, {"quick and its answer late", []comfyuitest.Option{late}}} {
+	}{{"quick", nil}, {"quick and its answer late", []comfyuitest.Option{slowAnswer("/prompt", 5*time.Second)}}} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, l line) {

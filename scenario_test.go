@@ -2,12 +2,15 @@ package comfyui_test
 
 import (
 	"fmt"
+	"maps"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -69,10 +72,17 @@ func everywhere(t *testing.T, releases []string, lines []line, f func(t *testing
 	}
 }
 
-// bystander is another program at the same pod: its own client id, its own store.
+// bystander is another program at the same pod: its own client id, store and connections.
 func (b *bench) bystander(opts ...comfyui.Option) *comfyui.PodClient {
 	b.t.Helper()
-	return b.client(append([]comfyui.Option{comfyui.WithStore(comfyui.NewMemoryStore())}, opts...)...)
+	return b.client(append([]comfyui.Option{comfyui.WithHTTPClient(b.strange())}, opts...)...)
+}
+
+// strange is the HTTP client of another program: it shares no connection with the clients under test.
+func (b *bench) strange() *http.Client {
+	transport := &http.Transport{DialContext: b.pod.DialContext}
+	b.t.Cleanup(transport.CloseIdleConnections)
+	return &http.Client{Transport: transport}
 }
 
 // send is a request of another program.
@@ -81,7 +91,9 @@ func (b *bench) send(method, path, body string) {
 	req, err := http.NewRequestWithContext(b.ctx, method, b.pod.URL()+path, strings.NewReader(body))
 	require.NoError(b.t, err)
 	req.Header.Set("Content-Type", "application/json")
-	resp, err := b.pod.Client().Do(req)
+	other := b.strange()
+	defer other.CloseIdleConnections()
+	resp, err := other.Do(req)
 	require.NoError(b.t, err)
 	require.NoError(b.t, resp.Body.Close())
 	require.Equal(b.t, http.StatusOK, resp.StatusCode)
@@ -187,4 +199,22 @@ func (j *journal) sane(t *testing.T) {
 		}
 		assert.Equal(t, attempt, ev.Attempt, "event %d (%s)", i, ev.Kind)
 	}
+}
+
+// slowAnswer makes the pod handle POSTs of a path at once and answer them later.
+func slowAnswer(path string, by time.Duration) comfyuitest.Option {
+	return comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != http.MethodPost || !strings.HasSuffix(r.URL.Path, path) {
+				next.ServeHTTP(w, r)
+				return
+			}
+			answer := httptest.NewRecorder()
+			next.ServeHTTP(answer, r)
+			_ = pause(r.Context(), by)
+			maps.Copy(w.Header(), answer.Header())
+			w.WriteHeader(answer.Code)
+			_, _ = w.Write(answer.Body.Bytes())
+		})
+	})
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -89,8 +90,8 @@ type podView struct {
 	upSince      time.Time // of the stream; zero while it is not up
 	heard        bool      // the stream brought more than its greeting since it came up
 	everUp       bool
-	lostAt       time.Time // when the stream last ended
 	refusedAt    time.Time // when the pod last refused a connection or a proxy said that it is not there
+	proven       int64     // endpoint.breaks when the process was last known to be the one before
 	contactAt    time.Time // when the pod last answered
 	silentSince  time.Time // the first failure since then; zero: none
 	incarnation  int       // raised by every restart that is proven
@@ -98,6 +99,7 @@ type podView struct {
 	highestAt    time.Time // when that was learned
 	oldest       string    // its oldest history entry, when last seen
 	ended        string    // the newest history entry that was read
+	running      string    // the prompt that was last seen to run
 	movedAt      time.Time // when its queue last changed
 	shape        queueShape
 	remaining    int           // of the last status frame; -1: not known
@@ -135,7 +137,7 @@ func newTracker(c *PodClient) *tracker {
 	t.prompts.ids = map[string]struct{}{}
 	t.posting, t.errand, t.writing = &crew{t: t, limit: posters}, &crew{t: t, limit: errands}, &crew{t: t, limit: writers}
 	t.asking, t.watching, t.renewal = &crew{t: t, limit: askers}, &crew{t: t, limit: watchers}, &crew{t: t, limit: 1}
-	t.pod = podView{stream: StreamIdle, remaining: -1, highest: math.Inf(-1)}
+	t.pod = podView{stream: StreamIdle, remaining: -1, highest: math.Inf(-1), fingerprints: true}
 	t.gauges.stream.Store(StreamIdle)
 	if f := c.opts.hooks.Event; f != nil {
 		t.hook = newCallback(f)
@@ -301,7 +303,10 @@ type tracked struct {
 	acceptedAt  time.Time // on the local clock
 	seenAt      time.Time // when the pod was last known to have the attempt
 	movedAt     time.Time // when the attempt last moved
-	incarnation int       // of the pod that took the attempt
+	incarnation int       // of the pod in which it was last seen
+	breaks      int64     // endpoint.breaks when it was last seen by a call
+	sighted     bool      // seen there by this client since it drives the job
+	witnesses   []string  // what the pod had then, see podView.witnesses
 	leaving     bool      // the verdict is known, but the pod may still have the prompt: it must be taken off first
 	left        bool      // the pod has it no more
 	intent      intentState
@@ -526,6 +531,7 @@ func (t *tracker) onPod(j *tracked, now time.Time) {
 		t.inFlight++
 	}
 	j.seenAt, j.incarnation = now, t.pod.incarnation
+	j.sighted, j.witnesses, j.breaks = false, t.pod.witnesses(), t.endpoint.breaks.Load()
 	if j.rec.ClientID != t.opts.clientID {
 		t.adopt(j.rec.ClientID)
 	}
@@ -980,7 +986,7 @@ func (t *tracker) message(from *stream, m *wire.Message, now time.Time) {
 	if j == nil || j.lease == nil {
 		return
 	}
-	j.seenAt, j.absent.since = now, time.Time{}
+	t.onSight(j, now, t.pod.incarnation)
 	hadEnd := j.attempt.ended != nil
 	t.observe(j, m, now)
 	switch {
@@ -1064,13 +1070,11 @@ func (t *tracker) streamChanged(s *stream, state StreamState, err error) {
 		t.pod.upSince, t.pod.heard, t.pod.everUp, t.pod.fingerprints = now, false, true, true
 		t.lookBy(now) // what happened meanwhile is not replayed
 	case StreamDown, StreamIdle, StreamDeaf:
-		if !t.pod.upSince.IsZero() {
-			t.pod.lostAt = now
-		}
 		t.pod.upSince, t.pod.heard, t.due.deaf = time.Time{}, false, time.Time{}
 		delete(t.current, s)
 		if err != nil {
-			if errors.Is(err, syscall.ECONNREFUSED) { // a status may be a proxy's that lets no WebSocket through
+			// That a proxy refuses sockets says nothing of the process behind it.
+			if errors.Is(err, syscall.ECONNREFUSED) {
 				t.noteRefusal(err, now)
 			}
 			t.opts.logger.Debug("comfyui: stream down", "pod", t.opts.name, "error", err)
@@ -1214,8 +1218,8 @@ func (t *tracker) look(now time.Time) {
 	}
 	t.due.looking = true
 	r := &reconciler{
-		endpoint: t.endpoint, started: now, wanted: wanted, fingerprint: t.pod.fingerprints, oldest: t.pod.oldest, ended: t.pod.ended,
-		heavy: t.pod.queueBytes > heavyQueue, heard: t.stream.heard.Load(),
+		endpoint: t.endpoint, started: now, wanted: wanted, fingerprint: t.pod.fingerprints, witnesses: t.pod.witnesses(),
+		incarnation: t.pod.incarnation, proven: t.pod.proven, heavy: t.pod.queueBytes > heavyQueue, heard: t.stream.heard.Load(),
 	}
 	t.errand.do(func(ctx context.Context) func() {
 		r.run(ctx)
@@ -1248,26 +1252,42 @@ func (t *tracker) looked(r *reconciler) {
 
 // tookLook takes in what a look says of the pod as a whole.
 func (t *tracker) tookLook(r *reconciler, now time.Time) {
+	if r.evidence.taken && r.incarnation == t.pod.incarnation {
+		t.tookEvidence(r)
+	}
 	if r.whole {
+		if r.shape.first != "" {
+			t.pod.running = r.shape.first
+		}
 		t.pod.queueBytes = r.bytes
 		if r.shape != t.pod.shape {
 			t.pod.shape, t.pod.movedAt = r.shape, now
 		}
 	}
-	if r.evidence.taken {
-		t.pod.fingerprints = false
-		// It is taken when the stream has come up again: the connection was lost, and so is the history.
-		if r.evidence.gone && !t.pod.lostAt.IsZero() {
-			t.restarted()
-		}
-		t.pod.oldest = r.evidence.oldest
+}
+
+// tookEvidence compares the process with the one before.
+func (t *tracker) tookEvidence(r *reconciler) {
+	t.pod.fingerprints = false
+	switch {
+	case r.evidence.gone && r.breaks > t.pod.proven:
+		t.restarted()
+	case r.evidence.gone: // somebody has cleared the history
+		t.pod.ended, t.pod.running = "", ""
 	}
+	t.pod.oldest, t.pod.proven = r.evidence.oldest, r.breaks
+}
+
+// witnesses are prompts that the process must still have, in its queue or its history, if it is the one before.
+func (p *podView) witnesses() []string {
+	return slices.DeleteFunc([]string{p.oldest, p.ended, p.running}, func(id string) bool { return id == "" })
 }
 
 // restarted notes that another process answers than before.
 func (t *tracker) restarted() {
 	t.pod.incarnation++
-	t.pod.highest, t.pod.oldest, t.pod.ended = math.Inf(-1), "", ""
+	t.pod.highest, t.pod.oldest, t.pod.ended, t.pod.running = math.Inf(-1), "", "", ""
+	t.pod.fingerprints = true
 	t.pod.poison, t.pod.poisonedAt, t.pod.stalledAt = nil, time.Time{}, time.Time{}
 	t.endpoint.forgetVersion()
 	t.opts.logger.Warn("comfyui: the pod has restarted", "pod", t.opts.name)
@@ -1287,13 +1307,15 @@ func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
 	heardOf := j.rec.ClientID == t.opts.clientID
 	switch at.place {
 	case placeRunning:
-		t.onSight(j, now)
+		t.onSight(j, r.started, r.incarnation)
+		j.witnesses, j.breaks = t.pod.witnesses(), r.breaks
 		wasRunning := j.rec.Started
 		if t.observe(j, obsRunning{at.number}, now) && !wasRunning && heardOf {
 			t.suspectDeaf(r.started, r.heard, now)
 		}
 	case placePending:
-		t.onSight(j, now)
+		t.onSight(j, r.started, r.incarnation)
+		j.witnesses, j.breaks = t.pod.witnesses(), r.breaks
 		t.observe(j, obsQueued{at.number, at.ahead}, now)
 	case placeHistory:
 		if j.attempt.ended == nil && heardOf {
@@ -1305,14 +1327,19 @@ func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
 	}
 }
 
-func (t *tracker) onSight(j *tracked, now time.Time) {
-	j.seenAt, j.absent.since = now, time.Time{}
+// onSight notes that the pod had the job at a time, in an incarnation of it.
+func (t *tracker) onSight(j *tracked, at time.Time, incarnation int) {
+	if at.After(j.seenAt) {
+		j.seenAt = at
+	}
+	j.incarnation = max(j.incarnation, incarnation)
+	j.sighted, j.absent.since = true, time.Time{}
 }
 
 // historyRead takes in the history entry of a job.
 func (t *tracker) historyRead(j *tracked, entry *wire.HistoryEntry, now time.Time) {
 	t.pod.ended = entry.PromptID
-	t.onSight(j, now)
+	j.absent.since = time.Time{}
 	outs := outputsOf(t.client, entry.Outputs)
 	j.left = true
 	t.observe(j, obsHistory{entry, outs}, now)
@@ -1380,12 +1407,22 @@ func (t *tracker) settled(jobID, promptID string, entry *wire.HistoryEntry, err 
 		t.lookBy(now)
 	case err == nil && !now.Before(j.settle.by) || t.gone(now):
 		j.settle.at = time.Time{}
+		t.warnOfGap(j, now)
 		t.observe(j, obsSettled{}, now)
 		t.notePoison(j, now)
 	default:
 		j.settle.at = now.Add(min(time.Second, settleFirst<<min(j.settle.tries, 10)))
 	}
 	t.advance(j, now)
+}
+
+// warnOfGap warns that the stream, whose word stands for the history's, has not brought all of the attempt.
+func (t *tracker) warnOfGap(j *tracked, now time.Time) {
+	if t.unbrokenSince(j.acceptedAt) || j.attempt.ended == nil || j.attempt.ended.Type != wire.ExecutionSuccess {
+		return
+	}
+	w := j.failure(CategoryUnknown, errors.New("the pod's history was gone before it was read, and the stream had a gap: outputs may be missing"))
+	t.observe(j, obsWarning{w}, now)
 }
 
 // notFound takes in that the pod had the job neither in its queue nor in its history when the look began.
@@ -1429,9 +1466,11 @@ func (t *tracker) absentDue(j *tracked, now time.Time) {
 func (t *tracker) gatherEvidence(j *tracked) {
 	j.absent.busy = true
 	id, prompt := j.rec.JobID, j.rec.PromptID
-	r := &reconciler{endpoint: t.endpoint, fingerprint: true, oldest: t.pod.oldest, ended: t.pod.ended}
+	r := &reconciler{endpoint: t.endpoint, started: time.Now(), witnesses: j.witnesses, incarnation: t.pod.incarnation}
 	t.errand.do(func(ctx context.Context) func() {
-		r.takeFingerprint(ctx)
+		if r.lookAtQueue(ctx); r.err == nil {
+			r.takeFingerprint(ctx)
+		}
 		return func() { t.vanished(id, prompt, r) }
 	})
 }
@@ -1449,25 +1488,36 @@ func (t *tracker) vanished(jobID, promptID string, r *reconciler) {
 		return
 	}
 	t.contact(now)
-	// Only an unbroken stream proves that nothing happened in between.
-	broken := t.pod.upSince.IsZero() || t.pod.upSince.After(j.seenAt)
-	restarted := j.incarnation < t.pod.incarnation
-	if !restarted && broken && !r.evidence.same {
-		restarted = r.evidence.gone || r.evidence.empty && t.pod.refusedAt.After(j.seenAt)
-		if restarted {
-			t.restarted()
-		}
-	}
-	t.pod.oldest = r.evidence.oldest
+	t.tookLook(r, now)
 	cause := ErrOutcomeUnknown
 	switch {
-	case restarted:
+	case t.lostByRestart(j, r):
 		cause = ErrJobLost
-	case !j.rec.Started && (!broken || r.evidence.same):
+	case !j.rec.Started && (t.unbrokenSince(j.seenAt) || r.evidence.same):
 		cause = ErrRemoved
 	}
 	t.observe(j, obsVanished{j.failure(CategoryOf(cause), cause)}, now)
 	t.advance(j, now)
+}
+
+// unbrokenSince tells whether the stream has been up since a time: then the process is the same, and whatever it had to tell of a
+// job was heard.
+func (t *tracker) unbrokenSince(when time.Time) bool {
+	return !t.pod.upSince.IsZero() && !t.pod.upSince.After(when)
+}
+
+// lostByRestart weighs the evidence. An empty history alone proves nothing, since anybody can clear it; nor does a stream that
+// broke, since a proxy may have cut it. But a process that ends takes all its connections with it.
+func (t *tracker) lostByRestart(j *tracked, r *reconciler) bool {
+	switch {
+	case j.incarnation < t.pod.incarnation:
+		return true
+	case t.unbrokenSince(j.seenAt) || r.evidence.same || r.breaks <= j.breaks:
+		return false
+	}
+	// What was seen to run leaves the queue for the history, and for nothing else.
+	gone := r.evidence.gone || j.rec.Started && j.sighted
+	return gone || r.evidence.empty && t.pod.refusedAt.After(j.seenAt)
 }
 
 // ---------------------------------------------------------------- store
