@@ -466,7 +466,7 @@ func (c *PodClient) begin(ctx context.Context, op string, w *Workflow, opts []Jo
 		return c.endedJob(stored, o.onEvent), nil
 	case stored.Pod != c.opts.name:
 		return nil, &Error{Op: op, Pod: c.Name(), JobID: o.id, Status: stored.Progress.Status, Category: CategoryConflict, Err: fmt.Errorf("%w: it is on %q", ErrOtherPod, stored.Pod)}
-	case stored.Owner == t.owner:
+	case created:
 		a.drive = true
 		return c.admit(op, t, a)
 	}
@@ -499,14 +499,24 @@ func (c *PodClient) create(ctx context.Context, op string, t *tracker, rec *Reco
 
 // claim drives a job whose lease is free, and follows one that another owner drives.
 func (c *PodClient) claim(ctx context.Context, op string, t *tracker, a admission) (*Job, error) {
+	// A lease of one's own that lapsed while the store was away must not be claimed anew: that would fence the job's driver.
+	var driven *Job
+	if !t.tell(func() { driven = t.join(a) }) {
+		return nil, c.closedError(op)
+	}
+	if driven != nil {
+		return driven, nil
+	}
 	a.confirmed = time.Now()
 	rec, err := t.store.Claim(ctx, a.rec.JobID, t.owner, c.opts.timing.Lease)
 	switch {
 	case err == nil && rec.Progress.Status.Terminal():
 		return c.endedJob(rec, a.opts.onEvent), nil
 	case err == nil:
+		if rec.Epoch > a.rec.Epoch {
+			c.counters.recovered.Add(1)
+		}
 		a.rec, a.drive = rec, true
-		c.counters.recovered.Add(1)
 	case errors.Is(err, ErrJobHeld) && rec != nil:
 		a.rec = rec
 	case errors.Is(err, ErrJobHeld):
@@ -525,16 +535,12 @@ func (c *PodClient) admit(op string, t *tracker, a admission) (j *Job, err error
 
 // rerun reopens a job that failed or was cancelled.
 func (c *PodClient) rerun(ctx context.Context, op string, t *tracker, a admission, wanted *Record) (*Job, error) {
-	a.confirmed = time.Now()
-	rec, err := t.store.Claim(ctx, wanted.JobID, t.owner, c.opts.timing.Lease)
-	if errors.Is(err, ErrJobHeld) { // another process reruns it
-		if rec != nil {
-			a.rec = rec
-		}
-		return c.admit(op, t, a)
-	}
+	rec, err := c.claimEnded(ctx, op, t, wanted.JobID, &a)
 	if err != nil {
-		return nil, c.storeError(op, wanted.JobID, err)
+		return nil, err
+	}
+	if rec == nil {
+		return c.admit(op, t, a)
 	}
 	if !rec.Progress.Status.Terminal() || rec.Progress.Status == StatusSucceeded {
 		a.rec, a.drive = rec, !rec.Progress.Status.Terminal()
@@ -547,8 +553,38 @@ func (c *PodClient) rerun(ctx context.Context, op string, t *tracker, a admissio
 	next.Attempt = rec.Attempt + 1
 	next.PromptID = promptID(next.JobID, next.WorkflowHash, next.Attempt)
 	next.Owner, next.Epoch, next.Rev, next.LeaseUntil = rec.Owner, rec.Epoch, rec.Rev, rec.LeaseUntil
-	a.rec, a.drive, a.reopened, a.fresh = next, true, true, true
+	a.rec, a.drive, a.reopened = next, true, true
 	return c.admit(op, t, a)
+}
+
+// claimEnded claims an ended job. While another process holds it, that one is about to reopen it: it is waited for, until the
+// job is open (then the record is nil, and a has it) or that lease has run out.
+func (c *PodClient) claimEnded(ctx context.Context, op string, t *tracker, jobID string, a *admission) (*Record, error) {
+	ctx, done := c.endpoint.bind(ctx)
+	defer done()
+	for {
+		a.confirmed = time.Now()
+		rec, err := t.store.Claim(ctx, jobID, t.owner, c.opts.timing.Lease)
+		switch {
+		case err == nil:
+			return rec, nil
+		case ctx.Err() != nil:
+			e := *asError(context.Cause(ctx))
+			e.Op, e.Pod, e.JobID = op, c.Name(), jobID
+			return nil, &e
+		case !errors.Is(err, ErrJobHeld) || rec == nil:
+			return nil, c.storeError(op, jobID, err)
+		case !rec.Progress.Status.Terminal():
+			a.rec = rec
+			return nil, nil
+		}
+		timer := time.NewTimer(max(c.opts.timing.Lease/60, 10*time.Millisecond))
+		select {
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+	}
 }
 
 // endedJob is the handle of a job that has ended before.
@@ -789,7 +825,6 @@ func (c *PodClient) recoverOne(ctx context.Context, t *tracker, rec *Record, yie
 // recoverHeld waits for the leases of other owners. One that is renewed has an owner; the store says so by another end of it,
 // so that no two clocks are compared.
 func (c *PodClient) recoverHeld(ctx context.Context, t *tracker, held []*Record, yield func(*Job, error) bool) {
-	patience := time.Now().Add(c.opts.timing.Lease + c.opts.timing.Lease/3)
 	for len(held) > 0 {
 		timer := time.NewTimer(max(c.opts.timing.Lease/6, 10*time.Millisecond))
 		select {
@@ -798,7 +833,6 @@ func (c *PodClient) recoverHeld(ctx context.Context, t *tracker, held []*Record,
 			timer.Stop()
 			return
 		}
-		last := time.Now().After(patience)
 		still := held[:0]
 		for _, rec := range held {
 			now, err := t.store.Get(ctx, rec.JobID)
@@ -810,7 +844,7 @@ func (c *PodClient) recoverHeld(ctx context.Context, t *tracker, held []*Record,
 			if !more {
 				return
 			}
-			if !taken && !last {
+			if !taken {
 				still = append(still, rec)
 			}
 		}

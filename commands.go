@@ -60,6 +60,8 @@ type submission struct {
 	rec        *Record // a copy
 	attempts   []sought
 	look       bool
+	lookOnly   bool      // it is to be cancelled: only what a former owner posted matters
+	inherited  bool      // a former owner may have posted it
 	graceUntil time.Time // a former owner's POST may arrive until then
 	free       bool      // free the pod's memory first
 	inputs     []inputFile
@@ -69,12 +71,14 @@ type submission struct {
 	patience   context.Context
 	seen       <-chan struct{} // closed: the stream has shown the prompt
 	posts      int
+	looked     bool // the pod has been asked, and did not have it
 }
 
 // submitted is how a submission ended. One of accepted, stopped and err is set.
 type submitted struct {
 	accepted   bool
 	stopped    bool
+	looked     bool
 	attempt    int
 	promptID   string
 	clientID   string
@@ -91,12 +95,24 @@ type submitted struct {
 // postDue queues the attempt when everything that must come first has.
 func (t *tracker) postDue(j *tracked, now time.Time) {
 	p := &j.posting
-	if j.rec.Accepted || p.queued || p.busy || j.attempt.verdict != nil {
+	if j.rec.Accepted || p.busy || j.attempt.verdict != nil {
 		return
 	}
 	if j.rec.CancelRequested {
+		if j.look { // somebody may have posted it: then it is to be found and taken off the pod
+			p.queued = false
+			t.post(j)
+			return
+		}
 		t.finishFailed(j, StatusCancelled, j.failure(CategoryCancelled, ErrCancelled), now)
 		t.conclude(j, now)
+		return
+	}
+	if p.queued {
+		return
+	}
+	if now.Before(p.at) {
+		j.at(p.at)
 		return
 	}
 	if now.Before(j.rec.NextAttempt) {
@@ -140,8 +156,11 @@ func (t *tracker) pump() {
 		j := t.queue[0]
 		t.queue[0] = nil
 		t.queue = t.queue[1:]
+		if !j.posting.queued { // a cancel overtook it
+			continue
+		}
 		j.posting.queued = false
-		if j.lease == nil || j.concluded || j.attempt.verdict != nil || j.rec.CancelRequested {
+		if j.lease == nil || j.concluded || j.attempt.verdict != nil {
 			continue
 		}
 		t.post(j)
@@ -159,9 +178,10 @@ func (t *tracker) post(j *tracked) {
 		t: t, rec: &rec, look: j.look, free: j.rec.Failure != nil && j.rec.Failure.Category == CategoryOutOfMemory,
 		inputs: j.inputs, secrets: j.secrets, number: j.number, lease: j.lease, patience: patience, seen: found,
 	}
+	s.lookOnly, s.inherited = j.look && j.rec.CancelRequested, j.inherited
 	if j.look {
 		s.attempts = t.allAttempts(j)
-		if j.rec.Epoch > 1 {
+		if j.inherited {
 			s.graceUntil = j.claimedAt.Add(max(0, t.timing.Grace))
 		}
 	} else {
@@ -175,15 +195,15 @@ func (t *tracker) post(j *tracked) {
 	})
 }
 
-// allAttempts are the prompts under which the pod may know the job, the newest first: when a record was lost, its attempts
-// are too.
+// allAttempts are the prompts under which the pod may have the attempt that the record names or, when the store has lost
+// something, a later one; the newest first. What came before the record's attempt is known to be over.
 func (t *tracker) allAttempts(j *tracked) []sought {
 	most := j.rec.Attempt
 	for _, c := range []Category{CategoryLost, CategoryOutOfMemory, CategoryPodFault, CategoryInterrupted, CategoryExecution, CategoryMissingAsset} {
 		most = max(most, j.rec.Attempt-1+min(t.retrier.attempts(c), maxSoughtAttempts))
 	}
-	all := make([]sought, 0, most)
-	for n := most; n >= 1; n-- {
+	all := make([]sought, 0, most-j.rec.Attempt+1)
+	for n := most; n >= j.rec.Attempt; n-- {
 		all = append(all, sought{j.rec.JobID, promptID(j.rec.JobID, j.rec.WorkflowHash, n), n})
 	}
 	return all
@@ -214,6 +234,12 @@ func (t *tracker) submitted(jobID string, attempt int, j *tracked, r submitted) 
 	case r.accepted:
 		t.contact(now)
 		t.accepted(j, r, now)
+	case r.stopped && j.rec.CancelRequested && j.look && !r.looked:
+		// Nobody knows yet whether the pod has it: postDue has that looked up.
+	case errors.Is(r.err, errUnconfirmed):
+		// Not posted, and no fault of the job: either there is another owner, or the store is away or has lost the record.
+		j.posting.at, j.look = now.Add(unconfirmedPause), true
+		t.lostLease(j)
 	case r.stopped:
 		if j.attempt.verdict == nil {
 			t.observe(j, obsVerdict{j.failure(CategoryCancelled, ErrCancelled)}, now)
@@ -299,21 +325,29 @@ func (j *tracked) stopPosting() {
 	}
 }
 
+// unconfirmedPause is the time between two tries to post for a lease that the store does not confirm.
+const unconfirmedPause = time.Second
+
 var errNoMorePosts = errors.New("the job is not to be posted any more")
 
 // run brings the attempt onto the pod, or finds it there.
 func (s *submission) run(ctx context.Context) submitted {
 	if s.look {
-		found, err := s.lookThrough(ctx, s.patience, s.graceUntil)
+		patience := s.patience
+		if s.lookOnly {
+			patience = ctx
+		}
+		found, err := s.lookThrough(ctx, patience, s.graceUntil)
 		switch {
 		case found.accepted:
 			return found
-		case s.patience.Err() != nil:
+		case patience.Err() != nil:
 			return s.over(ctx)
 		case err != nil:
 			return submitted{err: s.blame(err)}
-		case s.rec.Options.AtMostOnce && s.rec.Epoch > 1 && !s.rec.AttemptAt.IsZero():
-			// A former owner may have posted it.
+		case s.lookOnly:
+			return submitted{stopped: true, looked: true}
+		case s.rec.Options.AtMostOnce && s.inherited:
 			return submitted{err: s.blame(&Error{Category: CategoryUnknown, Err: ErrOutcomeUnknown})}
 		}
 	}
@@ -350,12 +384,12 @@ func (s *submission) over(ctx context.Context) submitted {
 	if ctx.Err() != nil {
 		return submitted{err: s.blame(&Error{Category: CategoryClosed, Err: ErrClosed})}
 	}
-	return submitted{stopped: true}
+	return submitted{stopped: true, looked: s.looked}
 }
 
 // mayRepeat: what was fenced, and what may have been done once for a job that must not be done twice, is not repeated.
 func (s *submission) mayRepeat(err error) bool {
-	return !errors.Is(err, ErrFenced) && !errors.Is(err, ErrOutcomeUnknown) && !errors.Is(err, ErrPodGone)
+	return !errors.Is(err, errUnconfirmed) && !errors.Is(err, ErrOutcomeUnknown) && !errors.Is(err, ErrPodGone)
 }
 
 // blame makes err an *Error of this attempt.
@@ -427,6 +461,7 @@ func (s *submission) lookThrough(ctx, patience context.Context, until time.Time)
 	for {
 		found, err := s.lookOnce(ctx)
 		now := time.Now()
+		s.looked = s.looked || err == nil
 		switch {
 		case found.accepted:
 			return found, nil

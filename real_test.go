@@ -73,11 +73,13 @@ func TestRealPod(t *testing.T) {
 		{"frozen", true, (*realRun).frozen},
 		{"socket cut", true, (*realRun).socketCut},
 		{"socket cut at the end", false, (*realRun).socketCutAtTheEnd},
+		{"sockets cut at random", false, (*realRun).socketsCutAtRandom},
 		{"no socket", false, (*realRun).noSocket},
 		{"lost post", false, (*realRun).lostPost},
 		{"unreachable", true, (*realRun).unreachable},
 		{"restart", true, (*realRun).restart},
 		{"restart at most once", true, (*realRun).restartAtMostOnce},
+		{"dead worker", true, (*realRun).deadWorker},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if c.probes && !p.probes {
@@ -1241,6 +1243,39 @@ func (r *realRun) socketCutAtTheEnd() {
 	}
 }
 
+// socketsCutAtRandom: many jobs at once, while their WebSocket is cut again and again.
+func (r *realRun) socketsCutAtRandom() {
+	proxy := newPodProxy(r.T, r.pod.url)
+	c := r.clientOf(proxy.URL, hasty)
+	var running sync.WaitGroup
+	for range 60 {
+		running.Go(func() {
+			result, err := c.Execute(r.ctx, r.picture(fresh()))
+			if assert.NoError(r, err) && assert.Len(r, result.Outputs, 1) {
+				r.ranOnce(result)
+			}
+		})
+	}
+	over := make(chan struct{})
+	go func() {
+		running.Wait()
+		close(over)
+	}()
+	for tick := time.NewTicker(60 * time.Millisecond); ; {
+		select {
+		case <-tick.C:
+			proxy.cutSockets(socketEnd(rand.IntN(3)))
+			continue
+		case <-over:
+			tick.Stop()
+		}
+		break
+	}
+	posts, sockets := proxy.counts()
+	assert.Equal(r, 60, posts)
+	r.Logf("%d jobs over %d sockets", posts, sockets)
+}
+
 // noSocket: a proxy that lets no WebSocket through.
 func (r *realRun) noSocket() {
 	proxy := newPodProxy(r.T, r.pod.url)
@@ -1408,4 +1443,29 @@ func (r *realRun) restartAtMostOnce() {
 	assert.Equal(r, 1, cmp.Or(result.Attempt, 1))
 	posts, _ := proxy.counts()
 	assert.Equal(r, 2, posts)
+}
+
+// deadWorker: the server takes jobs and runs none, until it is started anew.
+func (r *realRun) deadWorker() {
+	r.needsRestart()
+	c := r.client(hasty)
+	r.run(c, r.picture(fresh()))
+	killer := r.submit(c, r.workflow(nodes{
+		"1": {"ProbeDieThread", inputs{"kind": "SystemExit", "seed": fresh()}},
+		"2": {"SaveImage", inputs{"images": link("1"), "filename_prefix": "comfyui_go/dead"}},
+	}), comfyui.WithLimits(comfyui.Limits{Stall: 5 * time.Second}))
+	behind := r.submit(c, r.picture(fresh()), comfyui.WithLimits(comfyui.Limits{Stall: 5 * time.Second}))
+	for _, j := range []*comfyui.Job{behind, killer} {
+		result, err := j.Wait(r.ctx)
+		require.Error(r, err)
+		assert.Equal(r, comfyui.CategoryTimeout, comfyui.CategoryOf(err), "%v", err)
+		assert.Contains(r, err.Error(), "Stall")
+		assert.Equal(r, comfyui.StatusFailed, result.Status)
+	}
+	h, err := c.Health(r.ctx)
+	require.NoError(r, err)
+	r.Logf("%s: %v", h.State, h.Reasons)
+	r.restartPod()
+	result, _ := r.run(c, r.picture(fresh()))
+	r.ranOnce(result)
 }

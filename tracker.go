@@ -4,9 +4,11 @@ import (
 	"container/heap"
 	"context"
 	"errors"
+	"fmt"
 	"math"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -282,13 +284,14 @@ type tracked struct {
 	first   int            // the attempt with which this run of the job began: policies count from there
 	stop    func() bool    // ends the watch over the ctx of CancelWithContext; nil: none
 
-	posting postingState
-	look    bool // the next POST could be a repeat: look first
-	write   writeState
-	cancel  cancelState
-	settle  settleState
-	absent  absentState
-	follow  followState
+	posting   postingState
+	look      bool // the next POST could be a repeat: look first
+	inherited bool // a former owner may have posted the attempt
+	write     writeState
+	cancel    cancelState
+	settle    settleState
+	absent    absentState
+	follow    followState
 
 	claimedAt   time.Time // when this client became its driver
 	acceptedAt  time.Time // on the local clock
@@ -310,6 +313,7 @@ type tracked struct {
 
 type postingState struct {
 	queued, busy bool
+	at           time.Time               // not before; zero: at once
 	streamBy     time.Time               // the stream is waited for until then
 	enough       context.CancelCauseFunc // makes the worker stop at the next safe point; nil: there is none
 	found        chan struct{}           // closed when the stream has shown the prompt
@@ -353,6 +357,9 @@ type lease struct {
 	lost bool
 }
 
+// errUnconfirmed: what only the owner of a job may send was not sent, because the store did not confirm the lease.
+var errUnconfirmed = errors.New("the lease is not confirmed")
+
 // freshFor is how long after a confirmation the holder may still send: what it sends must have arrived before the lease can
 // end. With the default timing Request exceeds Lease; then half of the lease has to do, since renewals go on while the pod
 // thinks about its answer.
@@ -367,7 +374,7 @@ func (l *lease) confirm(ctx context.Context) error {
 	lost, at := l.lost, l.at
 	l.mu.Unlock()
 	if lost {
-		return ErrFenced
+		return fmt.Errorf("%w: %w", errUnconfirmed, ErrFenced)
 	}
 	if time.Since(at) < l.freshFor() {
 		return nil
@@ -375,10 +382,10 @@ func (l *lease) confirm(ctx context.Context) error {
 	now := time.Now()
 	gone, err := l.t.store.Renew(ctx, l.t.owner, l.t.timing.Lease, []string{l.jobID})
 	if err != nil {
-		return err
+		return fmt.Errorf("%w: %w", errUnconfirmed, err)
 	}
 	if len(gone) > 0 {
-		return ErrFenced
+		return fmt.Errorf("%w: %w", errUnconfirmed, ErrFenced)
 	}
 	l.confirmed(now)
 	return nil
@@ -439,11 +446,22 @@ func (t *tracker) admit(a admission) *Job {
 	return j.handle
 }
 
+// join finds a job that this client drives already; nil: it does not.
+func (t *tracker) join(a admission) *Job {
+	j := t.jobs[a.rec.JobID]
+	if j == nil || j.lease == nil {
+		return nil
+	}
+	t.listenIn(j, a)
+	return j.handle
+}
+
 // drive makes this client the job's driver.
 func (t *tracker) drive(j *tracked, a admission, now time.Time) {
 	j.lease = &lease{t: t, jobID: j.rec.JobID, at: a.confirmed}
 	t.gauges.owned.Add(1)
 	j.look, j.claimedAt = !a.fresh, a.confirmed
+	j.inherited = j.rec.Epoch > 1 && !a.reopened
 	j.write.attempt = j.rec.Attempt
 	if a.reopened { // the store has only the former end yet
 		j.write.attempt = 0
@@ -764,7 +782,7 @@ func (t *tracker) nextAttempt(j *tracked, err *Error, at, now time.Time) {
 		j.rec.Number = *j.number
 	}
 	j.write.dirty, j.write.urgent = true, true
-	j.look = false
+	j.look = j.inherited // a former owner may have been further than the store remembers
 	t.register(j)
 }
 
@@ -1047,7 +1065,9 @@ func (t *tracker) streamChanged(s *stream, state StreamState, err error) {
 		t.pod.upSince, t.pod.heard, t.due.deaf = time.Time{}, false, time.Time{}
 		delete(t.current, s)
 		if err != nil {
-			t.noteRefusal(err, now)
+			if errors.Is(err, syscall.ECONNREFUSED) { // a status may be a proxy's that lets no WebSocket through
+				t.noteRefusal(err, now)
+			}
 			t.opts.logger.Debug("comfyui: stream down", "pod", t.opts.name, "error", err)
 		}
 		if state != StreamIdle {
@@ -1487,7 +1507,7 @@ func (t *tracker) writeRecord(ctx context.Context, rec *Record) (*Record, error)
 	return stored, err
 }
 
-// recreate brings back a record that the store has lost. One that comes back ended needs the Update that ends it.
+// recreate brings back a record that the store has lost, with what it should say by now.
 func (t *tracker) recreate(ctx context.Context, rec *Record) (*Record, error) {
 	fresh := rec.Clone()
 	fresh.Owner = t.owner
@@ -1498,9 +1518,8 @@ func (t *tracker) recreate(ctx context.Context, rec *Record) (*Record, error) {
 	if stored.Owner != t.owner {
 		return stored, ErrFenced
 	}
-	rec.Epoch = stored.Epoch
-	rec.Rev = max(rec.Rev, stored.Rev+1)
-	return t.store.Update(ctx, rec)
+	rec.Epoch, rec.Rev = stored.Epoch, max(rec.Rev, stored.Rev)
+	return stored, nil
 }
 
 // wrote takes in the store's answer.
@@ -1613,8 +1632,13 @@ func (t *tracker) lostLease(j *tracked) {
 			case errors.Is(err, ErrJobNotFound):
 				j.write.dirty, j.write.urgent = true, true // the Update that finds it missing creates it again
 				t.advance(j, now)
+			case err == nil && stored.Epoch < j.rec.Epoch: // the store has lost the claim
+				j.write.dirty, j.write.urgent = true, true
+				t.advance(j, now)
 			case err == nil && (stored.Owner != t.owner || stored.Progress.Status.Terminal()):
 				t.fenced(j, stored, now)
+			default:
+				t.advance(j, now)
 			}
 		}
 	})
@@ -1659,7 +1683,8 @@ func (t *tracker) followAlong(j *tracked, now time.Time) {
 	f.busy = true
 	id := j.rec.JobID
 	// An owner that still renews moves the end of its lease; compared with itself, whatever the clocks say.
-	claim := !f.since.IsZero() && now.Sub(f.since) > t.timing.Lease+followPeriod && j.rec.Pod == t.opts.name
+	free := f.lease.IsZero() || now.Sub(f.since) > t.timing.Lease+followPeriod
+	claim := !f.since.IsZero() && free && j.rec.Pod == t.opts.name
 	t.errand.do(func(ctx context.Context) func() {
 		asked := time.Now()
 		if claim {
@@ -1690,7 +1715,7 @@ func (t *tracker) followAlong(j *tracked, now time.Time) {
 
 // followed shows what another owner has written.
 func (t *tracker) followed(j *tracked, rec *Record, now time.Time) {
-	if !rec.LeaseUntil.Equal(j.follow.lease) {
+	if !rec.LeaseUntil.Equal(j.follow.lease) || j.follow.since.IsZero() {
 		j.follow.lease, j.follow.since = rec.LeaseUntil, now
 	}
 	was := j.rec
@@ -1708,8 +1733,11 @@ func (t *tracker) followed(j *tracked, rec *Record, now time.Time) {
 func (t *tracker) tookOver(j *tracked, rec *Record, asked time.Time) {
 	now := time.Now()
 	j.follow = followState{}
+	if j.lease != nil || j.finished {
+		return
+	}
 	t.followed(j, rec, now)
-	if j.lease != nil || j.finished || rec.Progress.Status.Terminal() {
+	if j.finished || rec.Progress.Status.Terminal() {
 		t.advance(j, now)
 		return
 	}
