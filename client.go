@@ -768,87 +768,160 @@ func (c *PodClient) Recover(ctx context.Context) iter.Seq2[*Job, error] {
 		}
 		ctx, done := c.endpoint.bind(ctx)
 		defer done()
-		var held []*Record
-		for rec, err := range t.store.Unfinished(ctx, c.opts.name) {
-			if err != nil {
-				if ctx.Err() != nil {
-					return
-				}
-				if !yield(nil, c.storeError(op, "", err)) {
-					return
-				}
-				continue
-			}
-			if followed := false; !t.tell(func() { followed = t.jobs[rec.JobID] != nil }) || followed {
-				continue
-			}
-			taken, more := c.recoverOne(ctx, t, rec, yield)
-			if !more {
+		held, more := c.recoverSome(ctx, t, t.store.Unfinished(ctx, c.opts.name), c.claimFree, yield)
+		for more && len(held) > 0 {
+			timer := time.NewTimer(max(c.opts.timing.Lease/6, 10*time.Millisecond))
+			select {
+			case <-timer.C:
+			case <-ctx.Done():
+				timer.Stop()
 				return
 			}
-			if !taken {
-				held = append(held, rec)
-			}
+			held, more = c.recoverSome(ctx, t, withoutErrors(held), c.claimHeld, yield)
 		}
-		c.recoverHeld(ctx, t, held, yield)
 	}
 }
 
-// recoverOne claims one job. taken: it is settled, if only by an error; more: the caller wants to go on.
-func (c *PodClient) recoverOne(ctx context.Context, t *tracker, rec *Record, yield func(*Job, error) bool) (taken, more bool) {
+func withoutErrors(recs []*Record) iter.Seq2[*Record, error] {
+	return func(yield func(*Record, error) bool) {
+		for _, rec := range recs {
+			if !yield(rec, nil) {
+				return
+			}
+		}
+	}
+}
+
+// recoverSome claims records and yields the jobs that it got. held are those that another owner has; more: the caller wants to
+// go on.
+func (c *PodClient) recoverSome(ctx context.Context, t *tracker, recs iter.Seq2[*Record, error], claim claimer, yield func(*Job, error) bool) (held []*Record, more bool) {
 	const op = "recover"
-	asked := time.Now()
-	claimed, err := t.store.Claim(ctx, rec.JobID, t.owner, c.opts.timing.Lease)
-	switch {
-	case errors.Is(err, ErrJobHeld):
-		return false, true
-	case errors.Is(err, ErrJobNotFound):
-		return true, true
-	case err != nil && ctx.Err() != nil:
-		return true, false
-	case err != nil:
-		return true, yield(nil, c.storeError(op, rec.JobID, err))
-	case claimed.Progress.Status.Terminal():
-		return true, true
+	for got := range claims(ctx, t, recs, claim) {
+		switch {
+		case errors.Is(got.err, ErrJobHeld):
+			held = append(held, got.rec)
+			continue
+		case errors.Is(got.err, ErrJobNotFound):
+			continue
+		case got.err != nil && ctx.Err() != nil:
+			return nil, false
+		case got.err != nil:
+			id := ""
+			if got.rec != nil {
+				id = got.rec.JobID
+			}
+			if !yield(nil, c.storeError(op, id, got.err)) {
+				return nil, false
+			}
+			continue
+		case got.claimed == nil || got.claimed.Progress.Status.Terminal():
+			continue
+		}
+		c.counters.recovered.Add(1)
+		a := c.admissionOf(got.claimed)
+		a.drive, a.confirmed = true, got.asked
+		j, err := c.admit(op, t, a)
+		if err != nil {
+			yield(nil, err)
+			return nil, false
+		}
+		if !yield(j, nil) {
+			return nil, false
+		}
 	}
-	c.counters.recovered.Add(1)
-	a := c.admissionOf(claimed)
-	a.drive, a.confirmed = true, asked
-	j, err := c.admit(op, t, a)
-	if err != nil {
-		yield(nil, err)
-		return true, false
-	}
-	return true, yield(j, nil)
+	return held, true
 }
 
-// recoverHeld waits for the leases of other owners. One that is renewed has an owner; the store says so by another end of it,
-// so that no two clocks are compared.
-func (c *PodClient) recoverHeld(ctx context.Context, t *tracker, held []*Record, yield func(*Job, error) bool) {
-	for len(held) > 0 {
-		timer := time.NewTimer(max(c.opts.timing.Lease/6, 10*time.Millisecond))
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-			timer.Stop()
-			return
-		}
-		still := held[:0]
-		for _, rec := range held {
-			now, err := t.store.Get(ctx, rec.JobID)
-			if err == nil && (now.Progress.Status.Terminal() || !now.LeaseUntil.Equal(rec.LeaseUntil) && now.LeaseUntil.After(rec.LeaseUntil)) ||
-				errors.Is(err, ErrJobNotFound) {
-				continue
+// claimed is what became of a record that Recover wanted.
+type claimed struct {
+	rec     *Record   // as it was read; nil: it could not be
+	claimed *Record   // nil, without an error: nothing is to be done
+	asked   time.Time // when the claim was sent
+	err     error
+}
+
+// claimer tries to claim one record.
+type claimer func(ctx context.Context, t *tracker, rec *Record) claimed
+
+// claimFree claims a job that this client does not follow yet.
+func (c *PodClient) claimFree(ctx context.Context, t *tracker, rec *Record) claimed {
+	if followed := false; !t.tell(func() { followed = t.jobs[rec.JobID] != nil }) || followed {
+		return claimed{rec: rec}
+	}
+	asked := time.Now()
+	got, err := t.store.Claim(ctx, rec.JobID, t.owner, c.opts.timing.Lease)
+	if err != nil {
+		got = nil
+	}
+	return claimed{rec: rec, claimed: got, asked: asked, err: err}
+}
+
+// claimHeld claims a job whose lease ran, unless it was renewed meanwhile: then it has an owner. The store says so by another end
+// of the lease, so that no two clocks are compared.
+func (c *PodClient) claimHeld(ctx context.Context, t *tracker, rec *Record) claimed {
+	now, err := t.store.Get(ctx, rec.JobID)
+	switch {
+	case errors.Is(err, ErrJobNotFound), err == nil && (now.Progress.Status.Terminal() || now.LeaseUntil.After(rec.LeaseUntil)):
+		return claimed{rec: rec}
+	}
+	return c.claimFree(ctx, t, rec)
+}
+
+// claimersAtOnce is how many claims of Recover are under way at one time: each takes a round trip.
+const claimersAtOnce = 8
+
+// claims makes the claims and yields what became of them. What was claimed when the loop ends is given back.
+func claims(ctx context.Context, t *tracker, recs iter.Seq2[*Record, error], claim claimer) iter.Seq[claimed] {
+	return func(yield func(claimed) bool) {
+		working, enough := context.WithCancel(ctx)
+		read, made := make(chan *Record), make(chan claimed)
+		var workers sync.WaitGroup
+		workers.Go(func() {
+			defer close(read)
+			for rec, err := range recs {
+				if err != nil {
+					made <- claimed{err: err}
+					continue
+				}
+				select {
+				case read <- rec:
+				case <-working.Done():
+					return
+				}
 			}
-			taken, more := c.recoverOne(ctx, t, rec, yield)
-			if !more {
+		})
+		for range claimersAtOnce {
+			workers.Go(func() {
+				for rec := range read {
+					made <- claim(working, t, rec)
+				}
+			})
+		}
+		go func() {
+			workers.Wait()
+			close(made)
+		}()
+		defer func() {
+			enough()
+			var unwanted []string
+			for got := range made {
+				if got.claimed != nil {
+					unwanted = append(unwanted, got.rec.JobID)
+				}
+			}
+			// An Execute of the same job may have found the lease to be this client's own, and drive the job by now.
+			t.tell(func() {
+				unwanted = slices.DeleteFunc(unwanted, func(id string) bool { return t.jobs[id] != nil })
+			})
+			last, cancel := t.lastCalls(ctx)
+			defer cancel()
+			t.giveBack(last, unwanted)
+		}()
+		for got := range made {
+			if !yield(got) {
 				return
 			}
-			if !taken {
-				still = append(still, rec)
-			}
 		}
-		held = still
 	}
 }
 

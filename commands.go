@@ -224,7 +224,11 @@ func (t *tracker) submitted(jobID string, attempt int, j *tracked, r submitted) 
 	}()
 	j.posting.enough(nil)
 	j.posting.busy, j.posting.enough, j.posting.found = false, nil, nil
-	if t.jobs[jobID] != j || j.lease == nil || j.concluded || j.rec.Attempt != attempt {
+	if t.jobs[jobID] != j || j.lease == nil || j.concluded {
+		return
+	}
+	if j.rec.Attempt != attempt { // it was over before its reply came: the next one has waited for that
+		t.advance(j, now)
 		return
 	}
 	if r.workflow != nil {
@@ -932,7 +936,7 @@ func (t *tracker) cancelByContext(jobID string) {
 	if j == nil || j.concluded || j.finished {
 		return
 	}
-	t.errand.do(func(ctx context.Context) func() {
+	t.asking.do(func(ctx context.Context) func() {
 		ctx, cancel := context.WithTimeout(ctx, t.timing.Cancel)
 		defer cancel()
 		_, err := t.store.RequestCancel(ctx, jobID)

@@ -24,6 +24,7 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/comfypod/comfyui"
@@ -547,4 +548,38 @@ func (c *killConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	c.w.pass(c.peer + " after read")
 	return n, err
+}
+
+// A real server stops answering under running jobs: they end, and their records land after.
+func TestS37RedisAway(t *testing.T) {
+	t.Parallel()
+	onRedis(t, func(t *testing.T, b *bench, server *redisServer, store *comfyui.RedisStore) {
+		c := b.client(comfyui.WithStore(store), brisk)
+		var jobs []*comfyui.Job
+		for n := range 50 {
+			j, err := c.Submit(b.ctx, graphOf(t, "Work", n), comfyui.WithJobID(fmt.Sprint("job-", n)))
+			require.NoError(t, err)
+			jobs = append(jobs, j)
+		}
+		require.NoError(t, server.cmd.Process.Signal(syscall.SIGSTOP))
+		ended := 0
+		for _, j := range jobs {
+			r, err := j.Wait(b.ctx)
+			succeeded(t, r, err)
+			ended++
+		}
+		require.NoError(t, server.cmd.Process.Signal(syscall.SIGCONT))
+		assert.Equal(t, len(jobs), ended)
+		assert.NotZero(t, c.Stats().StorePending)
+		require.NoError(t, waitFor(b.ctx, func() bool { return c.Stats().StorePending == 0 }))
+		for n := range 50 {
+			r, err := store.Get(b.ctx, fmt.Sprint("job-", n))
+			require.NoError(t, err)
+			assert.Equal(t, comfyui.StatusSucceeded, r.Progress.Status)
+		}
+		for _, prompt := range b.pod.Prompts() {
+			assert.Equal(t, 1, prompt.Posts)
+			assert.Equal(t, 1, prompt.Runs)
+		}
+	})
 }

@@ -19,8 +19,11 @@ import (
 const (
 	// posters bounds the submissions under way at one time, and with them what a pod that answers slowly has to bear.
 	posters = 16
-	// errands bounds the other calls under way: history reads, cancels, looks at the store.
+	// errands bounds the other calls to the pod under way: looks, history reads, cancels.
 	errands = 8
+	// askers and watchers bound the reads of records under way: those that something waits for, and those that are routine. They
+	// are apart from each other and from the rest, so that a store that hangs does not hold up what needs the pod alone.
+	askers, watchers = 4, 4
 	// writers bounds the store writes under way.
 	writers = 4
 	// streamLinger is how long the stream stays up after the last job, for the next one.
@@ -54,7 +57,7 @@ type tracker struct {
 	hook    *callback // Hooks.Event; nil: none
 	gauges  gauges
 
-	posting, errand, writing *crew
+	posting, errand, writing, asking, watching, renewal *crew
 
 	// mu guards what is below, and the jobs.
 	mu       sync.Mutex
@@ -131,6 +134,7 @@ func newTracker(c *PodClient) *tracker {
 	_, t.inMemory = t.store.(*MemoryStore)
 	t.prompts.ids = map[string]struct{}{}
 	t.posting, t.errand, t.writing = &crew{t: t, limit: posters}, &crew{t: t, limit: errands}, &crew{t: t, limit: writers}
+	t.asking, t.watching, t.renewal = &crew{t: t, limit: askers}, &crew{t: t, limit: watchers}, &crew{t: t, limit: 1}
 	t.pod = podView{stream: StreamIdle, remaining: -1, highest: math.Inf(-1)}
 	t.gauges.stream.Store(StreamIdle)
 	if f := c.opts.hooks.Event; f != nil {
@@ -321,6 +325,7 @@ type postingState struct {
 
 type writeState struct {
 	dirty, urgent, busy bool
+	pending             bool      // something was to be written, and has not landed yet: counted in Stats.StorePending
 	attempt             int       // the newest attempt that the store is known to have
 	at                  time.Time // the next write, if dirty
 	failures            int
@@ -810,7 +815,7 @@ func (t *tracker) intentKnown(j *tracked) bool {
 	if !j.intent.busy {
 		j.intent.busy = true
 		id := j.rec.JobID
-		t.errand.do(func(ctx context.Context) func() {
+		t.asking.do(func(ctx context.Context) func() {
 			ctx, cancel := context.WithTimeout(ctx, max(t.timing.StoreWait, time.Second))
 			defer cancel()
 			rec, err := t.store.Get(ctx, id)
@@ -1479,7 +1484,10 @@ func (t *tracker) writeDue(j *tracked, now time.Time) {
 	}
 	w.dirty, w.urgent, w.busy = false, false, true
 	j.rec.Rev++
-	t.gauges.unwritten.Add(1)
+	if !w.pending {
+		w.pending = true
+		t.gauges.unwritten.Add(1)
+	}
 	if t.inMemory { // takes a lock, copies, and that is all: no reason to go through a worker
 		stored, err := t.writeRecord(t.ctx, &j.rec)
 		t.wrote(j, &j.rec, stored, err)
@@ -1526,7 +1534,6 @@ func (t *tracker) recreate(ctx context.Context, rec *Record) (*Record, error) {
 func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
 	now := time.Now()
 	j.write.busy = false
-	t.gauges.unwritten.Add(-1)
 	switch {
 	case j.lease == nil:
 		return
@@ -1541,6 +1548,7 @@ func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
 		t.opts.logger.Warn("comfyui: the store did not take a record", "pod", t.opts.name, "job", j.rec.JobID, "error", err)
 	default:
 		j.write.failures = 0
+		t.landed(j)
 		j.write.attempt = max(j.write.attempt, rec.Attempt)
 		j.rec.Epoch, j.rec.Rev = rec.Epoch, max(j.rec.Rev, rec.Rev)
 		if stored.CancelRequested && !j.rec.CancelRequested && !j.cancel.refused {
@@ -1551,6 +1559,14 @@ func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
 	t.advance(j, now)
 }
 
+// landed notes that nothing of the job waits for the store.
+func (t *tracker) landed(j *tracked) {
+	if j.write.pending {
+		j.write.pending = false
+		t.gauges.unwritten.Add(-1)
+	}
+}
+
 // fenced turns the job's driver into a follower of whoever drives it now.
 func (t *tracker) fenced(j *tracked, stored *Record, now time.Time) {
 	t.opts.logger.Warn("comfyui: another owner drives the job now", "pod", t.opts.name, "job", j.rec.JobID)
@@ -1559,6 +1575,7 @@ func (t *tracker) fenced(j *tracked, stored *Record, now time.Time) {
 	t.leaveAttempt(j)
 	j.lease = nil
 	j.cancel.stop()
+	t.landed(j)
 	j.write = writeState{}
 	if j.end != nil { // what this process held for the end was never stored
 		j.end, j.concluded = nil, false
@@ -1587,7 +1604,7 @@ func (t *tracker) renew(now time.Time) {
 		return
 	}
 	t.due.renewing = true
-	t.errand.do(func(ctx context.Context) func() {
+	t.renewal.do(func(ctx context.Context) func() {
 		ctx, cancel := context.WithTimeout(ctx, t.timing.Lease)
 		defer cancel()
 		asked := time.Now()
@@ -1623,7 +1640,7 @@ func (t *tracker) renewed(asked time.Time, ids, lost []string, err error) {
 // lostLease finds out whether the record has another owner or is gone, and brings it back in that case.
 func (t *tracker) lostLease(j *tracked) {
 	id := j.rec.JobID
-	t.errand.do(func(ctx context.Context) func() {
+	t.asking.do(func(ctx context.Context) func() {
 		stored, err := t.store.Get(ctx, id)
 		return func() {
 			now := time.Now()
@@ -1650,7 +1667,7 @@ func (t *tracker) readIntent(j *tracked) {
 		return
 	}
 	id := j.rec.JobID
-	t.errand.do(func(ctx context.Context) func() {
+	t.watching.do(func(ctx context.Context) func() {
 		stored, err := t.store.Get(ctx, id)
 		if err != nil || !stored.CancelRequested {
 			return nil
@@ -1685,7 +1702,7 @@ func (t *tracker) followAlong(j *tracked, now time.Time) {
 	// An owner that still renews moves the end of its lease; compared with itself, whatever the clocks say.
 	free := f.lease.IsZero() || now.Sub(f.since) > t.timing.Lease+followPeriod
 	claim := !f.since.IsZero() && free && j.rec.Pod == t.opts.name
-	t.errand.do(func(ctx context.Context) func() {
+	t.watching.do(func(ctx context.Context) func() {
 		asked := time.Now()
 		if claim {
 			if rec, err := t.store.Claim(ctx, id, t.owner, t.timing.Lease); err == nil {
@@ -1870,10 +1887,25 @@ func (t *tracker) abandon() {
 	}
 }
 
+// lastCalls bounds calls to the store that end something.
+func (t *tracker) lastCalls(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), max(t.timing.StoreWait, time.Second))
+}
+
+// giveBack releases leases.
+func (t *tracker) giveBack(ctx context.Context, jobIDs []string) {
+	if len(jobIDs) == 0 {
+		return
+	}
+	if err := t.store.Release(ctx, t.owner, jobIDs); err != nil {
+		t.opts.logger.Warn("comfyui: leases were not given back; they run out by themselves", "pod", t.opts.name, "error", err)
+	}
+}
+
 // leave writes what the store does not have yet and gives the leases back, so that others need not wait for their ends. It
 // runs when all other goroutines have ended.
 func (t *tracker) leave() {
-	ctx, cancel := context.WithTimeout(context.Background(), max(t.timing.StoreWait, time.Second))
+	ctx, cancel := t.lastCalls(context.Background())
 	defer cancel()
 	var ids []string
 	for id, j := range t.jobs {
@@ -1890,10 +1922,5 @@ func (t *tracker) leave() {
 			ids = append(ids, id)
 		}
 	}
-	if len(ids) == 0 {
-		return
-	}
-	if err := t.store.Release(ctx, t.owner, ids); err != nil {
-		t.opts.logger.Warn("comfyui: leases were not given back; they run out by themselves", "pod", t.opts.name, "error", err)
-	}
+	t.giveBack(ctx, ids)
 }
