@@ -268,9 +268,9 @@ func checked(t *testing.T, imports types.Importer, path, name, source string) *t
 	return p
 }
 
-// exportFiles are where the go command keeps what the compiler knows of each package that the module uses.
+// exportFiles are where the go command keeps what the compiler knows of each package that the module and its documents use.
 var exportFiles = sync.OnceValues(func() (map[string]string, error) {
-	args := []string{"list", "-export", "-deps", "-f", "{{.ImportPath}}\t{{.Export}}", "./..."}
+	args := []string{"list", "-export", "-deps", "-f", "{{.ImportPath}}\t{{.Export}}", "./...", "testing/synctest", "log"}
 	var complaints bytes.Buffer
 	list := exec.Command("go", args...)
 	list.Stderr = &complaints

@@ -31,8 +31,6 @@ type outcome struct {
 	stdout, stderr string
 }
 
-func (o outcome) paths() []string { return strings.Fields(o.stdout) }
-
 // complaint is the one line that tells what is wrong.
 func (o outcome) complaint(t *testing.T) string {
 	t.Helper()
