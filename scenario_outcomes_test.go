@@ -38,13 +38,6 @@ func onVersions(t *testing.T, f func(b *bench), opts ...comfyuitest.Option) {
 	}
 }
 
-func parse(t *testing.T, graph string) *comfyui.Workflow {
-	t.Helper()
-	w, err := comfyui.ParseWorkflow([]byte(graph))
-	require.NoError(t, err)
-	return w
-}
-
 // follow collects a job's events to its end.
 func (b *bench) follow(j *comfyui.Job) (events []comfyui.Event, r *comfyui.Result, err error) {
 	b.t.Helper()

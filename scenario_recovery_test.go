@@ -94,7 +94,7 @@ func (p *process) happens(event string) {
 	}
 }
 
-func (p *process) storeCall(ctx context.Context, method string) (err error, after bool) { //nolint:revive,staticcheck // storetest's signature
+func (p *process) storeCall(ctx context.Context, method string) (err error, after bool) {
 	p.happens("store before " + method)
 	if err := p.pass(ctx); err != nil {
 		return err, false
@@ -853,7 +853,7 @@ type outage struct {
 
 var errStoreDown = errors.New("connection refused")
 
-func (o *outage) call(ctx context.Context, _ string) (err error, after bool) { //nolint:revive,staticcheck // storetest's signature
+func (o *outage) call(ctx context.Context, _ string) (err error, after bool) {
 	if !o.down.Load() {
 		return nil, false
 	}
@@ -1275,7 +1275,7 @@ func TestS36CreatedAndNeverAdmitted(t *testing.T) {
 				store := comfyui.NewMemoryStore()
 				ctx, cancel := context.WithCancel(b.ctx)
 				defer cancel()
-				c := b.client(comfyui.WithStore(storetest.Flaky(store, func(_ context.Context, method string) (error, bool) { //nolint:revive,staticcheck // storetest's signature
+				c := b.client(comfyui.WithStore(storetest.Flaky(store, func(_ context.Context, method string) (error, bool) {
 					if method == "Create" && ctx.Err() == nil {
 						cancel()
 						return errStoreDown, true
