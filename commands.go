@@ -52,6 +52,20 @@ func secretsOf(extra map[string]any) map[string]any {
 	return secrets
 }
 
+// hides takes the secrets that the pod is given with a job out of a text; nil: there are none.
+func hides(apiKey string, secrets map[string]any) *strings.Replacer {
+	var pairs []string
+	for _, v := range append(slices.Collect(maps.Values(secrets)), apiKey) {
+		if secret, ok := v.(string); ok && len(secret) >= shortestSecret {
+			pairs = append(pairs, secret, redacted)
+		}
+	}
+	if pairs == nil {
+		return nil
+	}
+	return strings.NewReplacer(pairs...)
+}
+
 // ------------------------------------------------------------- submission
 
 // submission is what a worker needs to post one attempt.

@@ -522,9 +522,9 @@ func causeToJSON(err error, depth int) *causeJSON {
 		}
 		return &causeJSON{Error: e.toJSON(depth)}
 	case *ValidationError:
-		return &causeJSON{Validation: &validationJSON{e.Type, e.Message, e.Details, validNodes(e.Nodes)}}
+		return &causeJSON{Validation: &validationJSON{e.Type, redactURLs(e.Message), redactURLs(e.Details), nodesToJSON(e.Nodes)}}
 	case *ExecutionError:
-		return &causeJSON{Execution: &executionJSON{e.NodeID, e.NodeType, e.ExceptionType, e.Message, e.Traceback}}
+		return &causeJSON{Execution: &executionJSON{e.NodeID, e.NodeType, e.ExceptionType, redactURLs(e.Message), redactedLines(e.Traceback)}}
 	case *sentinel:
 		return &causeJSON{Is: []string{e.code}}
 	case *decodedError:
@@ -590,25 +590,18 @@ func (j *causeJSON) toError(depth int) error {
 	return e
 }
 
-// validNodes drops what json.Marshal would fail on: an ExtraInfo that a caller filled with what is no JSON.
-func validNodes(nodes map[string]NodeErrors) map[string]NodeErrors {
-	ok := func(n NodeErrors) bool {
-		return !slices.ContainsFunc(n.Errors, func(e NodeError) bool { return e.ExtraInfo != nil && !json.Valid(e.ExtraInfo) })
-	}
-	valid := true
-	for _, n := range nodes {
-		valid = valid && ok(n)
-	}
-	if valid {
-		return nodes
+// nodesToJSON is nodes without the tokens of URLs, and without what json.Marshal would fail on: an ExtraInfo that a caller
+// filled with what is no JSON.
+func nodesToJSON(nodes map[string]NodeErrors) map[string]NodeErrors {
+	if nodes == nil {
+		return nil
 	}
 	kept := make(map[string]NodeErrors, len(nodes))
 	for id, n := range nodes {
 		n.Errors = slices.Clone(n.Errors)
 		for i := range n.Errors {
-			if !json.Valid(n.Errors[i].ExtraInfo) {
-				n.Errors[i].ExtraInfo = nil
-			}
+			e := &n.Errors[i]
+			e.Message, e.Details, e.ExtraInfo = redactURLs(e.Message), redactURLs(e.Details), redactedJSON(e.ExtraInfo)
 		}
 		kept[id] = n
 	}
@@ -627,6 +620,41 @@ func redactURLs(text string) string {
 	}
 	return urlSecrets.ReplaceAllString(text, "$1$2")
 }
+
+func redactedLines(lines []string) []string {
+	if !slices.ContainsFunc(lines, func(line string) bool { return strings.Contains(line, "://") }) {
+		return lines
+	}
+	clean := make([]string, len(lines))
+	for i, line := range lines {
+		clean[i] = redactURLs(line)
+	}
+	return clean
+}
+
+// redactedJSON takes them out of the strings of a JSON text; nil for what is no JSON.
+func redactedJSON(raw json.RawMessage) json.RawMessage {
+	switch {
+	case !json.Valid(raw):
+		return nil
+	case !bytes.Contains(raw, []byte(`://`)) && !bytes.ContainsRune(raw, '\\'):
+		return raw
+	}
+	return jsonString.ReplaceAllFunc(raw, func(quoted []byte) []byte {
+		var text string
+		if json.Unmarshal(quoted, &text) != nil {
+			return quoted
+		}
+		clean := redactURLs(text)
+		if clean == text {
+			return quoted
+		}
+		quoted, _ = json.Marshal(clean)
+		return quoted
+	})
+}
+
+var jsonString = regexp.MustCompile(`"(?:[^"\\]|\\.)*"`)
 
 // withoutURL unwraps the error that net/http and net/url put around a cause, because it repeats the whole URL.
 func withoutURL(err error) error {

@@ -596,6 +596,24 @@ func TestErrorJSONHoldsNoURLSecrets(t *testing.T) {
 	}
 	require.NoError(t, json.Unmarshal(data, e))
 	require.ErrorIs(t, e, ErrJobLost)
+
+	const signed = `https://h/p?sig=s3cret`
+	for _, cause := range []error{
+		&ExecutionError{Message: "no " + signed, Traceback: []string{"kept", `get("` + signed + `")`}},
+		&ValidationError{Message: "no " + signed, Details: signed, Nodes: map[string]NodeErrors{"1": {Errors: []NodeError{{
+			Message: signed, Details: "of " + signed, ExtraInfo: json.RawMessage(`{"received": ["a \"https:\/\/h/p?sig=s3cret\" b", "` + signed + `"], "n": 1e400}`),
+		}}}}},
+	} {
+		data, err := json.Marshal(&Error{Err: cause})
+		require.NoError(t, err)
+		assert.NotContains(t, string(data), "s3cret")
+		assert.Contains(t, string(data), "https://h/p", "the rest is kept")
+		require.NoError(t, json.Unmarshal(data, e))
+		var v *ValidationError
+		if errors.As(e, &v) {
+			assert.Equal(t, `{"received":["a \"https://h/p\" b","https://h/p"],"n":1e400}`, string(v.Nodes["1"].Errors[0].ExtraInfo))
+		}
+	}
 }
 
 func errorTrees() *rapid.Generator[error] {

@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/comfypod/comfyui/internal/wire"
@@ -169,6 +171,7 @@ type jobState struct {
 	rec     Record
 	graph   *plan
 	attempt attemptState
+	hidden  *strings.Replacer // takes out of a text the secrets that the pod was given with the job; nil: there are none
 }
 
 // attemptState is forgotten when the next attempt begins.
@@ -402,7 +405,8 @@ func (e *emitter) frame(m *wire.Message) {
 	case wire.ExecutionError:
 		if blocked(m) {
 			// Not an end: the job goes on without what the blocked node would have made.
-			e.warn(e.s.failure(CategoryExecution, executionErrorOf(m)))
+			_, cause := e.s.executionError(m.Failure)
+			e.warn(e.s.failure(CategoryExecution, cause))
 			return
 		}
 		e.terminalFrame(m)
@@ -416,9 +420,18 @@ func (e *emitter) frame(m *wire.Message) {
 	}
 }
 
-func executionErrorOf(m *wire.Message) *ExecutionError {
-	_, err := classifyExecution(m.Failure)
-	return err
+// executionError is what the pod says of a failed node, without the secrets that the pod was given with the job: a node may
+// repeat them.
+func (s *jobState) executionError(f *wire.Failure) (Category, *ExecutionError) {
+	category, err := classifyExecution(f)
+	if s.hidden != nil {
+		err.Message = s.hidden.Replace(err.Message)
+		err.Traceback = slices.Clone(err.Traceback)
+		for i, line := range err.Traceback {
+			err.Traceback[i] = s.hidden.Replace(line)
+		}
+	}
+	return category, err
 }
 
 // blocked tells the ExecutionBlocker's message, which looks like an error and is none: it has no timestamp, is not in the
@@ -633,7 +646,7 @@ func (e *emitter) ended(m *wire.Message, outs []Output) {
 		e.judged(&verdict{interrupted: true, err: e.s.failure(CategoryInterrupted, ErrInterrupted)})
 	default:
 		e.partial(outs)
-		category, cause := classifyExecution(m.Failure)
+		category, cause := e.s.executionError(m.Failure)
 		e.judged(&verdict{err: e.s.failure(category, cause)})
 	}
 }

@@ -1060,10 +1060,16 @@ func (e *endpoint) malformed(op string, r *reply, cause error) error {
 	return failed
 }
 
+const (
+	redacted = "[redacted]"
+	// shortestSecret: what is shorter cannot be told from text.
+	shortestSecret = 4
+)
+
 // scrub takes the client's credentials out of a text that may repeat them: pages of proxies do.
 func (e *endpoint) scrub(text string, sent http.Header) string {
 	for _, secret := range e.secrets(sent) {
-		text = strings.ReplaceAll(text, secret, "[redacted]")
+		text = strings.ReplaceAll(text, secret, redacted)
 	}
 	return text
 }
@@ -1110,7 +1116,7 @@ func (e *endpoint) secrets(sent http.Header) []string {
 		all = append(all, password)
 	}
 	all = append(all, e.opts.apiKey)
-	all = slices.DeleteFunc(all, func(s string) bool { return len(s) < 4 }) // too short to be told from text
+	all = slices.DeleteFunc(all, func(s string) bool { return len(s) < shortestSecret })
 	slices.SortFunc(all, func(a, b string) int { return cmp.Or(cmp.Compare(len(b), len(a)), strings.Compare(a, b)) })
 	return slices.Compact(all)
 }

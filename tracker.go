@@ -447,6 +447,7 @@ func (t *tracker) admit(a admission) *Job {
 		j.first = j.rec.Attempt
 	}
 	j.inputs, j.number, j.secrets = a.opts.inputs, a.opts.number, secretsOf(a.opts.extraData)
+	j.hidden = hides(t.opts.apiKey, j.secrets)
 	j.movedAt, j.seenAt = now, now
 	t.listenIn(j, a)
 	if a.drive {
