@@ -348,14 +348,14 @@ func (c *PodClient) notifyRetry(info RetryInfo) {
 }
 
 // running returns the tracker, and starts it for the first job.
-func (c *PodClient) running(op string) (*tracker, error) {
+func (c *PodClient) running(op, jobID string) (*tracker, error) {
 	if c == nil || c.opts == nil {
-		return nil, &Error{Op: op, Category: CategoryClosed, Err: ErrClosed}
+		return nil, &Error{Op: op, JobID: jobID, Category: CategoryClosed, Err: ErrClosed}
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.closed {
-		return nil, c.closedError(op)
+		return nil, c.closedError(op, jobID)
 	}
 	if c.tracker == nil {
 		c.tracker = newTracker(c)
@@ -364,12 +364,39 @@ func (c *PodClient) running(op string) (*tracker, error) {
 	return c.tracker, nil
 }
 
-func (c *PodClient) closedError(op string) error {
-	return &Error{Op: op, Pod: c.Name(), Category: CategoryClosed, Err: ErrClosed}
+func (c *PodClient) closedError(op, jobID string) error {
+	return &Error{Op: op, Pod: c.Name(), JobID: jobID, Category: CategoryClosed, Err: ErrClosed}
 }
 
-// storeError is an error of the store in a call of the caller's. What the store names itself keeps its category.
-func (c *PodClient) storeError(op, jobID string, err error) *Error {
+// storeCall makes a call to the store for a caller, and repeats it as the policies say: each may be repeated with no other effect.
+func (c *PodClient) storeCall(ctx context.Context, op, jobID string, call func(context.Context) error) error {
+	ctx, done := c.endpoint.bind(ctx)
+	defer done()
+	err := c.retrier.do(ctx, retryOp{op: op, jobID: jobID}, func(ctx context.Context, _ int) error {
+		err := call(ctx)
+		if err == nil {
+			return nil
+		}
+		failed := c.storeError(ctx, op, jobID, err)
+		if failed.Category == CategoryStorage {
+			c.counters.storeErrors.Add(1)
+		}
+		return failed
+	})
+	if err == nil {
+		return nil
+	}
+	e := *asError(err)
+	e.Op, e.Pod, e.JobID = op, c.Name(), jobID
+	return &e
+}
+
+// storeError is an error of the store in a call of the caller's: that ctx has ended, if it has. What the store names itself keeps
+// its category.
+func (c *PodClient) storeError(ctx context.Context, op, jobID string, err error) *Error {
+	if ctx.Err() != nil {
+		return c.retrier.ended(ctx, retryOp{op: op, jobID: jobID}, err)
+	}
 	e := &Error{Op: op, Pod: c.Name(), JobID: jobID, Category: CategoryStorage, Err: err}
 	for _, named := range []error{ErrJobNotFound, ErrJobConflict, ErrOtherPod, ErrJobHeld, ErrFenced, ErrSchema} {
 		if errors.Is(err, named) {
@@ -430,7 +457,7 @@ func (c *PodClient) Submit(ctx context.Context, w *Workflow, opts ...JobOption) 
 
 // begin records the job, or finds the one that its id names, and has the tracker follow it.
 func (c *PodClient) begin(ctx context.Context, op string, w *Workflow, opts []JobOption) (*Job, error) {
-	t, err := c.running(op)
+	t, err := c.running(op, "")
 	if err != nil {
 		return nil, err
 	}
@@ -473,28 +500,14 @@ func (c *PodClient) begin(ctx context.Context, op string, w *Workflow, opts []Jo
 	return c.claim(ctx, op, t, a)
 }
 
-// create makes the record, or returns the one that is there. It is idempotent, so a lost answer is asked for again.
+// create makes the record, or returns the one that is there.
 func (c *PodClient) create(ctx context.Context, op string, t *tracker, rec *Record) (stored *Record, err error) {
-	ctx, done := c.endpoint.bind(ctx)
-	defer done()
-	err = c.retrier.do(ctx, retryOp{op: op, jobID: rec.JobID}, func(ctx context.Context, _ int) error {
+	err = c.storeCall(ctx, op, rec.JobID, func(ctx context.Context) (err error) {
 		c.counters.storeWrites.Add(1)
 		stored, err = t.store.Create(ctx, rec, c.opts.timing.Lease)
-		if err == nil {
-			return nil
-		}
-		c.counters.storeErrors.Add(1)
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		return c.storeError(op, rec.JobID, err)
+		return err
 	})
-	if err != nil {
-		e := *asError(err)
-		e.Op, e.Pod, e.JobID = op, c.Name(), rec.JobID
-		return nil, &e
-	}
-	return stored, nil
+	return stored, err
 }
 
 // claim drives a job whose lease is free, and follows one that another owner drives.
@@ -502,13 +515,12 @@ func (c *PodClient) claim(ctx context.Context, op string, t *tracker, a admissio
 	// A lease of one's own that lapsed while the store was away must not be claimed anew: that would fence the job's driver.
 	var driven *Job
 	if !t.tell(func() { driven = t.join(a) }) {
-		return nil, c.closedError(op)
+		return nil, c.closedError(op, a.rec.JobID)
 	}
 	if driven != nil {
 		return driven, nil
 	}
-	a.confirmed = time.Now()
-	rec, err := t.store.Claim(ctx, a.rec.JobID, t.owner, c.opts.timing.Lease)
+	rec, err := c.claimLease(ctx, op, t, &a)
 	switch {
 	case err == nil && rec.Progress.Status.Terminal():
 		return c.endedJob(rec, a.opts.onEvent), nil
@@ -521,21 +533,32 @@ func (c *PodClient) claim(ctx context.Context, op string, t *tracker, a admissio
 		a.rec = rec
 	case errors.Is(err, ErrJobHeld):
 	default:
-		return nil, c.storeError(op, a.rec.JobID, err)
+		return nil, err
 	}
 	return c.admit(op, t, a)
 }
 
+// claimLease claims the lease of the admission's job and notes when. With ErrJobHeld it returns the record too, if the store does.
+func (c *PodClient) claimLease(ctx context.Context, op string, t *tracker, a *admission) (rec *Record, err error) {
+	id := a.rec.JobID
+	err = c.storeCall(ctx, op, id, func(ctx context.Context) (err error) {
+		a.confirmed = time.Now()
+		rec, err = t.store.Claim(ctx, id, t.owner, c.opts.timing.Lease)
+		return err
+	})
+	return rec, err
+}
+
 func (c *PodClient) admit(op string, t *tracker, a admission) (j *Job, err error) {
 	if !t.tell(func() { j = t.admit(a) }) {
-		return nil, c.closedError(op)
+		return nil, c.closedError(op, a.rec.JobID)
 	}
 	return j, nil
 }
 
 // rerun reopens a job that failed or was cancelled.
 func (c *PodClient) rerun(ctx context.Context, op string, t *tracker, a admission, wanted *Record) (*Job, error) {
-	rec, err := c.claimEnded(ctx, op, t, wanted.JobID, &a)
+	rec, err := c.claimEnded(ctx, op, t, &a)
 	if err != nil {
 		return nil, err
 	}
@@ -559,21 +582,14 @@ func (c *PodClient) rerun(ctx context.Context, op string, t *tracker, a admissio
 
 // claimEnded claims an ended job. While another process holds it, that one is about to reopen it: it is waited for, until the
 // job is open (then the record is nil, and a has it) or that lease has run out.
-func (c *PodClient) claimEnded(ctx context.Context, op string, t *tracker, jobID string, a *admission) (*Record, error) {
-	ctx, done := c.endpoint.bind(ctx)
-	defer done()
+func (c *PodClient) claimEnded(ctx context.Context, op string, t *tracker, a *admission) (*Record, error) {
 	for {
-		a.confirmed = time.Now()
-		rec, err := t.store.Claim(ctx, jobID, t.owner, c.opts.timing.Lease)
+		rec, err := c.claimLease(ctx, op, t, a)
 		switch {
 		case err == nil:
 			return rec, nil
-		case ctx.Err() != nil:
-			e := *asError(context.Cause(ctx))
-			e.Op, e.Pod, e.JobID = op, c.Name(), jobID
-			return nil, &e
 		case !errors.Is(err, ErrJobHeld) || rec == nil:
-			return nil, c.storeError(op, jobID, err)
+			return nil, err
 		case !rec.Progress.Status.Terminal():
 			a.rec = rec
 			return nil, nil
@@ -582,6 +598,7 @@ func (c *PodClient) claimEnded(ctx context.Context, op string, t *tracker, jobID
 		select {
 		case <-timer.C:
 		case <-ctx.Done():
+		case <-t.ctx.Done():
 		}
 		timer.Stop()
 	}
@@ -621,17 +638,23 @@ func endEvent(rec *Record) Event {
 	return ev
 }
 
+// addUp applies options in their order.
+func addUp(all ...[]JobOption) *jobOptions {
+	o := &jobOptions{}
+	for _, opt := range slices.Concat(all...) {
+		if opt != nil {
+			opt(o)
+		}
+	}
+	return o
+}
+
 // maxJobID bounds a caller's job id: it becomes part of keys.
 const maxJobID = 512
 
 // jobOptions adds the options up and checks them, and the workflow, before anything is stored or sent.
 func (c *PodClient) jobOptions(w *Workflow, opts []JobOption) (*jobOptions, error) {
-	o := &jobOptions{}
-	for _, opt := range slices.Concat(c.opts.jobDefaults, opts) {
-		if opt != nil {
-			opt(o)
-		}
-	}
+	o := addUp(c.opts.jobDefaults, opts)
 	if o.id == "" {
 		o.id, o.fresh = uuid.NewString(), true
 	}
@@ -707,7 +730,7 @@ func storedExtra(extra map[string]any) (json.RawMessage, error) {
 // unknown id, and ErrOtherPod for a job that is on another pod and has not ended.
 func (c *PodClient) Attach(ctx context.Context, jobID string) (*Job, error) {
 	const op = "attach"
-	t, err := c.running(op)
+	t, err := c.running(op, jobID)
 	if err != nil {
 		return nil, err
 	}
@@ -725,43 +748,28 @@ func (c *PodClient) Attach(ctx context.Context, jobID string) (*Job, error) {
 
 // stored reads a record.
 func (c *PodClient) stored(ctx context.Context, op string, t *tracker, jobID string) (rec *Record, err error) {
-	ctx, done := c.endpoint.bind(ctx)
-	defer done()
-	err = c.retrier.do(ctx, retryOp{op: op, jobID: jobID}, func(ctx context.Context, _ int) error {
+	err = c.storeCall(ctx, op, jobID, func(ctx context.Context) (err error) {
 		rec, err = t.store.Get(ctx, jobID)
-		if err == nil {
-			return nil
-		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		return c.storeError(op, jobID, err)
+		return err
 	})
-	if err != nil {
-		e := *asError(err)
-		e.Op, e.Pod, e.JobID = op, c.Name(), jobID
-		return nil, &e
-	}
-	return rec, nil
+	return rec, err
 }
 
 // admissionOf is a stored job with the client's job defaults.
 func (c *PodClient) admissionOf(rec *Record) admission {
-	o := &jobOptions{}
-	for _, opt := range c.opts.jobDefaults {
-		opt(o)
-	}
+	o := addUp(c.opts.jobDefaults)
 	o.inputs = nil // of another job
 	return admission{rec: rec, graph: graphOf(rec), opts: o}
 }
 
 // Recover takes over this pod's unfinished jobs whose leases are free and yields them; then it waits for the leases that run,
 // and yields the jobs whose owners do not come back. It ends when each unfinished job that it saw has an owner or an end, which
-// takes about one lease; or when ctx or the loop ends. A job that cannot be taken over yields an error, and the walk goes on.
+// takes about one lease; or when the loop ends. When ctx or the client ends first, that error is the last that it yields. A job
+// that cannot be taken over yields an error, and the walk goes on.
 func (c *PodClient) Recover(ctx context.Context) iter.Seq2[*Job, error] {
 	const op = "recover"
 	return func(yield func(*Job, error) bool) {
-		t, err := c.running(op)
+		t, err := c.running(op, "")
 		if err != nil {
 			yield(nil, err)
 			return
@@ -775,9 +783,11 @@ func (c *PodClient) Recover(ctx context.Context) iter.Seq2[*Job, error] {
 			case <-timer.C:
 			case <-ctx.Done():
 				timer.Stop()
-				return
 			}
 			held, more = c.recoverSome(ctx, t, withoutErrors(held), c.claimHeld, yield)
+		}
+		if more && ctx.Err() != nil {
+			yield(nil, c.storeError(ctx, op, "", nil))
 		}
 	}
 }
@@ -804,13 +814,13 @@ func (c *PodClient) recoverSome(ctx context.Context, t *tracker, recs iter.Seq2[
 		case errors.Is(got.err, ErrJobNotFound):
 			continue
 		case got.err != nil && ctx.Err() != nil:
-			return nil, false
+			return nil, true
 		case got.err != nil:
 			id := ""
 			if got.rec != nil {
 				id = got.rec.JobID
 			}
-			if !yield(nil, c.storeError(op, id, got.err)) {
+			if !yield(nil, c.storeError(ctx, op, id, got.err)) {
 				return nil, false
 			}
 			continue

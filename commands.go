@@ -924,13 +924,13 @@ type cancelState struct {
 	touched bool // the pod has said that it took the prompt out or will stop it
 }
 
-// cancelWaiter is one call of Job.Cancel.
-type cancelWaiter struct{ done chan error } // buffered
+// cancelWaiter is one call of Job.Cancel. It hears of the job's end from the handle.
+type cancelWaiter struct{ refused chan error } // buffered
 
-// release answers everyone who waits.
-func (c *cancelState) release(err error) {
+// refuse answers everyone who waits.
+func (c *cancelState) refuse(err error) {
 	for w := range c.waiters {
-		w.done <- err
+		w.refused <- err
 	}
 	clear(c.waiters)
 }
@@ -970,9 +970,6 @@ func (t *tracker) cancelByContext(jobID string) {
 func (t *tracker) cancelRequested(jobID string, w *cancelWaiter) {
 	j, now := t.jobs[jobID], time.Now()
 	if j == nil || j.finished {
-		if w != nil {
-			w.done <- nil
-		}
 		return
 	}
 	if w != nil {
@@ -1037,7 +1034,9 @@ func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 		// It cannot be done without hitting another's job: the job goes on.
 		j.rec.CancelRequested, c.refused = false, true
 		c.until = now
-		c.release(j.failure(CategoryConflict, err))
+		refused := j.failure(CategoryConflict, err)
+		refused.Op = "cancel"
+		c.refuse(refused)
 	default:
 		t.noContact(err, now)
 	}
@@ -1110,35 +1109,44 @@ func (t *tracker) removeDuplicate(j *tracked, promptID string) {
 // (CategoryContext: the job may still end as cancelled). CategoryConflict: a pod before ComfyUI 0.3.57 runs it and cannot
 // stop it without risk to the jobs of others; the job goes on.
 func (j *Job) Cancel(ctx context.Context) error {
+	const op = "cancel"
 	select {
 	case <-j.done:
-		_, err := j.outcome()
-		if errors.Is(err, ErrClosed) {
-			return err
-		}
-		return nil
+		return j.ended(op)
 	default:
 	}
-	t, err := j.client.running("cancel")
+	t, err := j.client.running(op, j.id)
 	if err != nil {
 		return err
 	}
-	if _, err := t.store.RequestCancel(ctx, j.id); err != nil && !errors.Is(err, ErrJobNotFound) {
-		return j.client.storeError("cancel", j.id, err)
+	err = j.client.storeCall(ctx, op, j.id, func(ctx context.Context) error {
+		_, err := t.store.RequestCancel(ctx, j.id)
+		return err
+	})
+	if err != nil && !errors.Is(err, ErrJobNotFound) {
+		return err
 	}
-	w := &cancelWaiter{done: make(chan error, 1)}
+	w := &cancelWaiter{refused: make(chan error, 1)}
 	if !t.tell(func() { t.cancelRequested(j.id, w) }) {
-		return j.client.closedError("cancel")
+		return j.client.closedError(op, j.id)
 	}
 	select {
-	case err := <-w.done:
+	case err := <-w.refused:
 		return err
 	case <-j.done:
-		return nil
+		return j.ended(op)
 	case <-ctx.Done():
 		t.tell(func() { t.dropWaiter(j.id, w) })
-		return j.contextError("cancel", ctx)
+		return j.contextError(op, ctx)
 	}
+}
+
+// ended says why nobody has to wait for the job any more: nil when it has ended.
+func (j *Job) ended(op string) error {
+	if _, err := j.outcome(); errors.Is(err, ErrClosed) {
+		return reword(err, op)
+	}
+	return nil
 }
 
 func (t *tracker) dropWaiter(jobID string, w *cancelWaiter) {

@@ -132,6 +132,7 @@ type Job struct {
 
 	mu        sync.Mutex
 	promptID  string
+	attempt   int
 	progress  Progress
 	startedAt time.Time
 	accepted  bool // the pod has had it
@@ -148,7 +149,7 @@ func newJob(c *PodClient, r *Record) *Job {
 	return &Job{
 		client: c, id: r.JobID, labels: maps.Clone(r.Labels),
 		done: make(chan struct{}), taken: make(chan struct{}),
-		promptID: r.PromptID, progress: r.Progress, startedAt: r.StartedAt,
+		promptID: r.PromptID, attempt: r.Attempt, progress: r.Progress, startedAt: r.StartedAt,
 	}
 }
 
@@ -223,10 +224,9 @@ func (j *Job) subscribe(q *eventQueue) (snapshot Event, last *Event) {
 	defer j.mu.Unlock()
 	now := time.Now()
 	snapshot = Event{
-		Kind: EventSnapshot, JobID: j.id, PromptID: j.promptID, Time: now, Source: SourceLocal, Progress: j.progressAt(now),
+		Kind: EventSnapshot, JobID: j.id, PromptID: j.promptID, Attempt: j.attempt, Time: now, Source: SourceLocal, Progress: j.progressAt(now),
 	}
 	if j.last != nil {
-		snapshot.Attempt = j.last.Attempt
 		return snapshot, j.last
 	}
 	j.sinks = append(j.sinks, q)
@@ -286,8 +286,8 @@ func (j *Job) contextError(op string, ctx context.Context) *Error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return &Error{
-		Op: op, Pod: j.client.Name(), JobID: j.id, PromptID: j.promptID, Status: j.progress.Status,
-		Category: CategoryContext, Err: context.Cause(ctx),
+		Op: op, Pod: j.client.Name(), JobID: j.id, PromptID: j.promptID, Attempt: j.attempt, Status: j.progress.Status,
+		Category: CategoryContext, Err: endOf(ctx),
 	}
 }
 
@@ -298,7 +298,7 @@ func (j *Job) Done() <-chan struct{} { return j.done }
 func (j *Job) publish(r *Record, evs []Event) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	j.promptID, j.progress, j.startedAt = r.PromptID, r.Progress, r.StartedAt
+	j.promptID, j.attempt, j.progress, j.startedAt = r.PromptID, r.Attempt, r.Progress, r.StartedAt
 	if len(evs) == 0 {
 		return
 	}
@@ -335,8 +335,8 @@ func (j *Job) finish(r *Result, err error, last *Event) {
 			s.push([]Event{*last})
 		}
 	}
-	j.letGo()
 	close(j.done)
+	j.letGo() // Submit looks then whether the job has ended
 }
 
 // Result is how a job ended. For a job that failed or was cancelled it holds what there is.
@@ -379,8 +379,8 @@ func (r *Result) clone() *Result {
 // maxQueuedEvents bounds what a slow reader leaves lying; states do not count.
 const maxQueuedEvents = 256
 
-// eventQueue is what one reader has not yet taken. Of progress, previews, stream states and unknown messages the newest is
-// kept; of the rest that is no state, the newest maxQueuedEvents.
+// eventQueue is what one reader has not yet taken. Of a job's progress, previews and stream states the newest is kept; of all that
+// is no state, the newest maxQueuedEvents.
 type eventQueue struct {
 	wake chan struct{}
 
@@ -411,7 +411,7 @@ func (q *eventQueue) add(ev Event) {
 	if ev.Kind.newestOnly() {
 		// Only what lies behind the last state may be replaced: an event never overtakes a state.
 		for i := len(q.events) - 1; i >= 0 && !q.events[i].Kind.state(); i-- {
-			if q.events[i].Kind == ev.Kind {
+			if q.events[i].Kind == ev.Kind && q.events[i].JobID == ev.JobID {
 				q.events = slices.Delete(q.events, i, i+1)
 				q.loose--
 				break

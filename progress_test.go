@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"time"
 
@@ -327,4 +328,30 @@ func TestRemainingEstimatesFromThePaceSinceTheCache(t *testing.T) {
 	assert.Zero(t, remaining(time.Second, 0, 1))
 	assert.Equal(t, 10*time.Second, remaining(10*time.Second, 0, .5))
 	assert.Equal(t, 5*time.Second, remaining(5*time.Second, .5, .75), "what came from the cache took no time")
+}
+
+// A reader that does not keep up has the newest of each job, and every state.
+func TestSlowReaderOfManyJobs(t *testing.T) {
+	t.Parallel()
+	q := newEventQueue()
+	of := func(job string, k EventKind, step float64) Event {
+		return Event{JobID: job, Kind: k, Progress: Progress{Step: step}}
+	}
+	for i := range 1000 {
+		q.push([]Event{of("a", EventProgress, float64(i)), of("b", EventProgress, float64(-i))})
+		if i == 10 {
+			q.push([]Event{of("a", EventStarted, 0), of("b", EventQueued, 0)})
+		}
+	}
+	assert.Equal(t, []Event{
+		of("a", EventProgress, 10), of("b", EventProgress, -10), of("a", EventStarted, 0), of("b", EventQueued, 0),
+		of("a", EventProgress, 999), of("b", EventProgress, -999),
+	}, q.take())
+	for i := range 1000 {
+		q.push([]Event{of("a", EventWarning, float64(i)), of("a", EventRetrying, 0)})
+	}
+	left := newsOf(q.take())
+	states := slices.DeleteFunc(slices.Clone(left), func(k EventKind) bool { return k != EventRetrying })
+	assert.Len(t, states, 1000)
+	assert.Len(t, left, 1000+maxQueuedEvents)
 }

@@ -262,7 +262,7 @@ func retryAfterOf(err error) time.Duration {
 }
 
 // ended is the error of a call that ctx ended.
-func (r *retrier) ended(ctx context.Context, what retryOp, last error) error {
+func (r *retrier) ended(ctx context.Context, what retryOp, last error) *Error {
 	end := endOf(ctx)
 	e := &Error{Op: what.op, Pod: r.pod, JobID: what.jobID, Category: CategoryContext, Err: end}
 	if errors.Is(end, ErrClosed) {

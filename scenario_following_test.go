@@ -780,6 +780,24 @@ func TestS25FastJob(t *testing.T) {
 	}
 }
 
+// Who comes in the middle sees first where the job stands, by its attempt too.
+func TestS25EventsFromTheMiddle(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		j, err := b.client().Submit(b.ctx, graphOf(t, "Fails", 1))
+		require.NoError(t, err)
+		time.Sleep(5 * time.Second)
+		first := true
+		for ev := range j.Events(b.ctx) {
+			assert.Equal(t, first, ev.Kind == comfyui.EventSnapshot, "%s", ev.Kind)
+			assert.Equal(t, 2, ev.Attempt, "%s", ev.Kind)
+			assert.Equal(t, j.PromptID(), ev.PromptID, "%s", ev.Kind)
+			first = false
+		}
+		assert.False(t, first)
+	}, comfyuitest.WithNode("Fails", failsFirst()))
+}
+
 // echo puts out its seed after a step or two.
 var echo = comfyuitest.WithNode("Echo", comfyuitest.Node{Output: true, Run: func(ctx context.Context, c *comfyuitest.Call) error {
 	if err := pause(ctx, 30*time.Millisecond); err != nil {

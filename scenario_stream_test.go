@@ -422,6 +422,72 @@ func TestS45CloseAtAnyMoment(t *testing.T) {
 	}
 }
 
+// Close while a cancel waits for its end: that is told, and not that the job has ended.
+func TestS45CloseUnderACancel(t *testing.T) {
+	t.Parallel()
+	for _, l := range []line{streaming, polling} {
+		for try := range 10 { // two things happen at once then, and either may be seen first
+			t.Run(fmt.Sprintf("%s/%d", l, try), func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(b *bench) {
+					l.open(b)
+					c := b.client()
+					j, err := c.Submit(b.ctx, graphOf(t, "Long", 1))
+					require.NoError(t, err)
+					b.pod.Inject(comfyuitest.Fault{Route: "POST /", Effect: comfyuitest.Hang, Times: -1})
+					cancelled := make(chan error, 1)
+					go func() { cancelled <- j.Cancel(b.ctx) }()
+					time.Sleep(time.Second)
+					require.NoError(t, c.Close())
+					var e *comfyui.Error
+					require.ErrorAs(t, <-cancelled, &e)
+					require.ErrorIs(t, e, comfyui.ErrClosed)
+					assert.Equal(t, comfyui.CategoryClosed, e.Category)
+					assert.Equal(t, "cancel", e.Op)
+					assert.Equal(t, j.ID(), e.JobID)
+					assert.Equal(t, j.Pod(), e.Pod)
+					require.ErrorIs(t, j.Cancel(b.ctx), comfyui.ErrClosed, "and again")
+				})
+			})
+		}
+	}
+}
+
+// A Recover that Close or its ctx cuts short has not seen to every job, and says so.
+func TestS45RecoverCutShort(t *testing.T) {
+	t.Parallel()
+	for _, closes := range []bool{true, false} {
+		t.Run(fmt.Sprintf("closes=%t", closes), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				store := comfyui.NewMemoryStore()
+				_, err := b.client(comfyui.WithStore(store)).Submit(b.ctx, graphOf(t, "Long", 1))
+				require.NoError(t, err)
+				c := b.client(comfyui.WithStore(store))
+				ctx, cancel := context.WithCancelCause(b.ctx)
+				cause, category := errors.New("enough"), comfyui.CategoryContext
+				time.AfterFunc(2*time.Second, func() {
+					if closes {
+						_ = c.Close()
+					}
+					cancel(cause)
+				})
+				if closes {
+					cause, category = comfyui.ErrClosed, comfyui.CategoryClosed
+				}
+				var errs []error
+				for j, err := range c.Recover(ctx) { // the job has an owner, whose lease is waited for
+					assert.Nil(t, j)
+					errs = append(errs, err)
+				}
+				require.Len(t, errs, 1)
+				require.ErrorIs(t, errs[0], cause)
+				assert.Equal(t, category, comfyui.CategoryOf(errs[0]))
+			})
+		})
+	}
+}
+
 func TestS45ZeroClient(t *testing.T) {
 	t.Parallel()
 	var c comfyui.PodClient

@@ -3,6 +3,7 @@ package comfyui_test
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -432,5 +433,58 @@ func TestS10UIFormatIsRefusedBeforeAnyPost(t *testing.T) {
 		assert.Equal(t, comfyui.CategoryValidation, comfyui.CategoryOf(err))
 		assert.Contains(t, err.Error(), "API")
 		assert.Zero(t, b.pod.Requests(""))
+	})
+}
+
+// A caller's ctx that has ended is told as that, with its cause, by every call, and names the job.
+func TestEndedContextOfEveryCall(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		j, err := b.client(comfyui.WithStore(store)).Submit(b.ctx, graphOf(t, "Long", 1), comfyui.WithJobID("there"))
+		require.NoError(t, err)
+		c := b.client(comfyui.WithStore(store))
+		cause := errors.New("the program ends")
+		ctx, cancel := context.WithCancelCause(b.ctx)
+		cancel(cause)
+		for name, call := range map[string]func() error{
+			"execute":     func() error { _, err := c.Execute(ctx, graphOf(t, "Work", 1)); return err },
+			"submit":      func() error { _, err := c.Submit(ctx, graphOf(t, "Work", 2), comfyui.WithJobID("new")); return err },
+			"submit/join": func() error { _, err := c.Submit(ctx, graphOf(t, "Long", 1), comfyui.WithJobID("there")); return err },
+			"attach":      func() error { _, err := c.Attach(ctx, "there"); return err },
+			"wait":        func() error { _, err := j.Wait(ctx); return err },
+			"cancel":      func() error { return j.Cancel(ctx) },
+		} {
+			var e *comfyui.Error
+			require.ErrorAs(t, call(), &e, name)
+			assert.Equal(t, comfyui.CategoryContext, e.Category, "%s: %v", name, e)
+			require.ErrorIs(t, e, context.Canceled, name)
+			require.ErrorIs(t, e, cause, name)
+			op, _, _ := strings.Cut(name, "/")
+			assert.Equal(t, op, e.Op)
+			assert.NotEmpty(t, e.JobID, name)
+			assert.Equal(t, c.Name(), e.Pod, name)
+		}
+		assert.Equal(t, 1, b.pod.Requests("POST /prompt"))
+	})
+}
+
+func TestNilOptionsChangeNothing(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		_, err := b.client(comfyui.WithStore(store), nil).Submit(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("there"), nil)
+		require.NoError(t, err)
+		c := b.client(comfyui.WithStore(store), comfyui.WithJobDefaults(nil), comfyui.WithStore(store))
+		j, err := c.Attach(b.ctx, "there")
+		require.NoError(t, err)
+		r, err := j.Wait(b.ctx)
+		succeeded(t, r, err)
+		for _, err := range c.Recover(b.ctx) {
+			require.NoError(t, err)
+		}
+		_, err = c.Execute(b.ctx, nil)
+		require.Error(t, err)
+		assert.Equal(t, comfyui.CategoryValidation, comfyui.CategoryOf(err))
 	})
 }

@@ -882,7 +882,6 @@ func (t *tracker) countEnd(j *tracked) {
 // finish shows the end to those who wait.
 func (t *tracker) finish(j *tracked, warning *Error) {
 	j.finished = true
-	j.cancel.release(nil)
 	result := resultOf(&j.rec, t.client)
 	if warning != nil {
 		result.Warnings = append(result.Warnings, warning)
@@ -1820,7 +1819,6 @@ func (t *tracker) tookOver(j *tracked, rec *Record, asked time.Time) {
 // vanishedRecord ends the handle of a followed job whose record is gone: nobody can tell how it ended.
 func (t *tracker) vanishedRecord(j *tracked) {
 	j.finished, j.concluded = true, true
-	j.cancel.release(nil)
 	j.handle.finish(nil, &Error{
 		Op: "wait", Pod: t.opts.name, JobID: j.rec.JobID, PromptID: j.rec.PromptID, Attempt: j.rec.Attempt, Status: j.rec.Progress.Status,
 		Category: CategoryOf(ErrJobNotFound), Err: ErrJobNotFound,
@@ -1929,7 +1927,6 @@ func (t *tracker) abandon() {
 			j.stop()
 		}
 		if !j.finished {
-			j.cancel.release(ErrClosed)
 			j.handle.finish(nil, &Error{
 				Op: "wait", Pod: t.opts.name, JobID: j.rec.JobID, PromptID: j.rec.PromptID, Attempt: j.rec.Attempt,
 				Status: j.rec.Progress.Status, Category: CategoryClosed, Err: ErrClosed,
