@@ -36,6 +36,9 @@ func isTerminal(out io.Writer) bool {
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
 }
 
+// In a narrow terminal a bar that wrapped could not be drawn over.
+const noWrap, wrap = "\x1b[?7l", "\x1b[?7h"
+
 // ticks is when the bar is to be drawn although nothing was heard.
 func (s *screen) ticks() *time.Ticker {
 	t := time.NewTicker(250 * time.Millisecond)
@@ -61,9 +64,9 @@ func (s *screen) clear() {
 
 func (s *screen) progress(p comfyui.Progress) {
 	if s.bar {
-		const width = 79 // a terminal's, less the last column: some wrap there
+		const width = 79 // that of most terminals, less the last column
 		if line := cut(barLine(p), width); line != s.drawn {
-			_, _ = io.WriteString(s.out, "\r"+line+"\x1b[K")
+			_, _ = io.WriteString(s.out, "\r"+noWrap+line+"\x1b[K"+wrap)
 			s.drawn = line
 		}
 		return

@@ -50,7 +50,7 @@ func TestBarIsDrawnOverItself(t *testing.T) {
 	s.clear()
 	s.clear()
 
-	line := "\r" + cut(barLine(half), 79) + "\x1b[K"
+	line := "\r\x1b[?7l" + cut(barLine(half), 79) + "\x1b[K\x1b[?7h" // without a line break, however narrow the terminal is
 	assert.Equal(t, line+"\r\x1b[Ka message \n"+line+"\r\x1b[K", out.String())
 	assert.Equal(t, 79, len([]rune(cut(barLine(half), 79))))
 }
