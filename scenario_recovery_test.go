@@ -1614,3 +1614,41 @@ func TestS35LoopPanics(t *testing.T) {
 		require.NoError(t, c.Close())
 	})
 }
+
+// The pod restarts while nobody drives the job: whoever takes it over then has seen nothing of that, however long it has been
+// connected, and must not say that somebody removed the job.
+func TestS34PodRestartsWhileNobodyLooks(t *testing.T) {
+	t.Parallel()
+	for _, connected := range []bool{false, true} {
+		t.Run(fmt.Sprintf("connected=%t", connected), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				store := comfyui.NewMemoryStore()
+				p := b.process(store, nil)
+				background(b, p, graphOf(t, "Long", 1), comfyui.WithJobID("before"))
+				time.Sleep(time.Second)
+				background(b, p, graphOf(t, "Work", 1), comfyui.WithJobID("the-job"))
+				time.Sleep(3 * time.Second)
+				p.kill()
+				left, err := store.Get(b.ctx, "the-job")
+				require.NoError(t, err)
+				require.True(t, left.Accepted)
+				require.False(t, left.Started)
+				b.pod.Restart(time.Second)
+				time.Sleep(2 * time.Second)
+
+				heir := b.client(comfyui.WithStore(store))
+				if connected {
+					_, err := heir.Submit(b.ctx, graphOf(t, "Long", 7))
+					require.NoError(t, err)
+				}
+				time.Sleep(time.Minute)
+				r := recoverAll(b, heir)["the-job"]
+				require.NotNil(t, r)
+				_, err = heir.Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("the-job"))
+				require.NotErrorIs(t, err, comfyui.ErrRemoved)
+				require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+			})
+		})
+	}
+}

@@ -306,6 +306,7 @@ type tracked struct {
 	incarnation int       // of the pod in which it was last seen
 	breaks      int64     // endpoint.breaks when it was last seen by a call
 	sighted     bool      // seen there by this client since it drives the job
+	hearsay     bool      // only a former owner's record says that the pod has it
 	witnesses   []string  // what the pod had then, see podView.witnesses
 	leaving     bool      // the verdict is known, but the pod may still have the prompt: it must be taken off first
 	left        bool      // the pod has it no more
@@ -485,6 +486,7 @@ func (t *tracker) drive(j *tracked, a admission, now time.Time) {
 	switch {
 	case j.rec.Accepted:
 		t.onPod(j, now)
+		j.hearsay = true
 		if !j.rec.AttemptAt.IsZero() {
 			j.acceptedAt = j.rec.AttemptAt // as near as the record tells: Limits count from there
 		}
@@ -532,7 +534,7 @@ func (t *tracker) onPod(j *tracked, now time.Time) {
 		t.inFlight++
 	}
 	j.seenAt, j.incarnation = now, t.pod.incarnation
-	j.sighted, j.witnesses, j.breaks = false, t.pod.witnesses(), t.endpoint.breaks.Load()
+	j.sighted, j.hearsay, j.witnesses, j.breaks = false, false, t.pod.witnesses(), t.endpoint.breaks.Load()
 	if j.rec.ClientID != t.opts.clientID {
 		t.adopt(j.rec.ClientID)
 	}
@@ -1333,7 +1335,7 @@ func (t *tracker) onSight(j *tracked, at time.Time, incarnation int) {
 		j.seenAt = at
 	}
 	j.incarnation = max(j.incarnation, incarnation)
-	j.sighted, j.absent.since = true, time.Time{}
+	j.sighted, j.hearsay, j.absent.since = true, false, time.Time{}
 }
 
 // historyRead takes in the history entry of a job.
@@ -1493,7 +1495,7 @@ func (t *tracker) vanished(jobID, promptID string, r *reconciler) {
 	switch {
 	case t.lostByRestart(j, r):
 		cause = ErrJobLost
-	case !j.rec.Started && (t.unbrokenSince(j.seenAt) || r.evidence.same):
+	case !j.rec.Started && !j.hearsay && (t.unbrokenSince(j.seenAt) || r.evidence.same):
 		cause = ErrRemoved
 	}
 	t.observe(j, obsVanished{j.failure(CategoryOf(cause), cause)}, now)
