@@ -141,7 +141,7 @@ func (o *options) parseBase(baseURL string) error {
 	if raw == "" {
 		return fmt.Errorf("comfyui: the pod's base URL is empty; give one such as http://127.0.0.1:8188")
 	}
-	if !strings.Contains(raw, "://") {
+	if scheme, _, ok := strings.Cut(raw, "://"); !ok || strings.ContainsAny(scheme, "/?#@") { // a query can hold a URL
 		raw = "http://" + raw
 	}
 	u, err := url.Parse(raw)

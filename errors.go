@@ -634,22 +634,27 @@ func redactedLines(lines []string) []string {
 
 // redactedJSON takes them out of the strings of a JSON text; nil for what is no JSON.
 func redactedJSON(raw json.RawMessage) json.RawMessage {
-	switch {
-	case !json.Valid(raw):
-		return nil
-	case !bytes.Contains(raw, []byte(`://`)) && !bytes.ContainsRune(raw, '\\'):
+	if !bytes.Contains(raw, []byte(`://`)) && !bytes.ContainsRune(raw, '\\') && json.Valid(raw) {
 		return raw
+	}
+	return cleanJSON(raw, redactURLs)
+}
+
+// cleanJSON cleans the strings of a JSON text; nil for what is no JSON.
+func cleanJSON(raw json.RawMessage, clean func(string) string) json.RawMessage {
+	if !json.Valid(raw) {
+		return nil
 	}
 	return jsonString.ReplaceAllFunc(raw, func(quoted []byte) []byte {
 		var text string
 		if json.Unmarshal(quoted, &text) != nil {
 			return quoted
 		}
-		clean := redactURLs(text)
-		if clean == text {
+		cleaned := clean(text)
+		if cleaned == text {
 			return quoted
 		}
-		quoted, _ = json.Marshal(clean)
+		quoted, _ = json.Marshal(cleaned)
 		return quoted
 	})
 }
@@ -669,22 +674,37 @@ func withoutURL(err error) error {
 
 // ---- what the pod's answers mean
 
-// classifyRefusal turns an HTTP answer that is no success into an *Error. body may be cut short.
-func classifyRefusal(status int, header http.Header, body []byte) *Error {
+// classifyRefusal turns an HTTP answer that is no success into an *Error. body may be cut short. clean takes credentials out of
+// the texts that are kept of it: after they are decoded and before they are cut, since JSON can write a credential with
+// escapes, and must still be read where a word of it is in a header.
+func classifyRefusal(status int, header http.Header, body []byte, clean func(string) string) *Error {
 	e := &Error{StatusCode: status, RetryAfter: parseRetryAfter(header.Get("Retry-After"), time.Now())}
 	if refusal, ok := wire.DecodeRefusal(body); ok {
 		if status == http.StatusBadRequest {
 			v := refusedWorkflow(refusal)
 			e.Category, e.Err = validationCategory(v), v
+			v.clean(clean)
 			return e
 		}
-		e.Err = errors.New(clip(cmp.Or(refusal.Message, refusal.Details, refusal.Type, "no reason given")))
+		e.Err = errors.New(clip(clean(cmp.Or(refusal.Message, refusal.Details, refusal.Type, "no reason given"))))
 	}
 	e.Category = statusCategory(status, header, body)
 	if e.Err == nil {
-		e.Err = errors.New(excerpt(status, header, body))
+		e.Err = errors.New(excerpt(status, header, body, clean))
 	}
 	return e
+}
+
+// clean changes the texts that can repeat what the request held.
+func (e *ValidationError) clean(clean func(string) string) {
+	e.Message, e.Details = clean(e.Message), clean(e.Details)
+	for _, n := range e.Nodes {
+		for i := range n.Errors {
+			ne := &n.Errors[i]
+			ne.Message, ne.Details = clean(ne.Message), clean(ne.Details)
+			ne.ExtraInfo = cleanJSON(ne.ExtraInfo, clean)
+		}
+	}
 }
 
 func statusCategory(status int, header http.Header, body []byte) Category {
@@ -751,8 +771,8 @@ var (
 	htmlTag    = regexp.MustCompile(`(?s)<[^>]*(>|\z)`)
 )
 
-// excerpt is what a human can read of an answer, in one short line.
-func excerpt(status int, header http.Header, body []byte) string {
+// excerpt is what a human can read of an answer, in one short line, cleaned before it is cut.
+func excerpt(status int, header http.Header, body []byte, clean func(string) string) string {
 	text := string(body)
 	if isHTML(header, body) {
 		if m := htmlTitle.FindStringSubmatch(text); m != nil && strings.TrimSpace(m[1]) != "" {
@@ -764,7 +784,7 @@ func excerpt(status int, header http.Header, body []byte) string {
 	if location := header.Get("Location"); location != "" && status >= 300 && status < 400 {
 		text = "redirect to " + location
 	}
-	return cmp.Or(clip(text), http.StatusText(status), "status "+strconv.Itoa(status))
+	return cmp.Or(clip(clean(text)), http.StatusText(status), "status "+strconv.Itoa(status))
 }
 
 // clip makes one printable line of at most 200 runes of a text that is not ours, without the tokens of its URLs.

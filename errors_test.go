@@ -314,7 +314,7 @@ func TestRecordedRefusals(t *testing.T) {
 			return
 		}
 		seen++
-		e := classifyRefusal(l.Status, l.header(), l.bytes())
+		e := classifyRefusal(l.Status, l.header(), l.bytes(), asIs)
 		assert.Equal(t, l.Status, e.StatusCode)
 		if l.Status == http.StatusInternalServerError {
 			assert.Equal(t, CategoryProtocol, e.Category, name)
@@ -398,6 +398,8 @@ func TestValidationCategories(t *testing.T) {
 	}
 }
 
+func asIs(text string) string { return text }
+
 func TestClassifyRefusalStatuses(t *testing.T) {
 	t.Parallel()
 	page := "<!DOCTYPE html><html><head><title>\n Attention\n Required </title><style>x{}</style></head><body><p>hello</p></body></html>"
@@ -446,12 +448,12 @@ func TestClassifyRefusalStatuses(t *testing.T) {
 		if header == nil {
 			header = http.Header{}
 		}
-		e := classifyRefusal(test.status, header, []byte(test.body))
+		e := classifyRefusal(test.status, header, []byte(test.body), asIs)
 		assert.Equal(t, test.category, e.Category, "%d %s", test.status, test.body)
 		assert.Equal(t, test.text, e.Err.Error(), "%d", test.status)
 		assert.Equal(t, test.status, e.StatusCode)
 	}
-	long := classifyRefusal(502, http.Header{}, []byte(strings.Repeat("ä ", 1<<15)))
+	long := classifyRefusal(502, http.Header{}, []byte(strings.Repeat("ä ", 1<<15)), asIs)
 	assert.LessOrEqual(t, utf8.RuneCountInString(long.Err.Error()), 210)
 }
 
@@ -709,7 +711,7 @@ func FuzzClassifyRefusal(f *testing.F) {
 	f.Add(502, "text/html", "", []byte("<html><title>x</title><!-- "))
 	f.Add(302, "", "https://u:p@login.example/?token=1", []byte(nil))
 	f.Fuzz(func(t *testing.T, status int, contentType, location string, body []byte) {
-		e := classifyRefusal(status, http.Header{"Content-Type": {contentType}, "Location": {location}}, body)
+		e := classifyRefusal(status, http.Header{"Content-Type": {contentType}, "Location": {location}}, body, asIs)
 		require.NotNil(t, e.Err)
 		require.NotEmpty(t, e.Category)
 		require.Equal(t, e.Category, CategoryOf(e))

@@ -442,27 +442,36 @@ func (d *download) ask() (*http.Response, error) {
 	if d.at > 0 { // If-Range would be of no use: the server ignores an Etag in it
 		header.Set("Range", "bytes="+strconv.FormatInt(d.at, 10)+"-")
 	}
-	resp, err := d.pod.endpoint.view(d.ctx, d.file.query(), header)
-	var failed *Error
-	if errors.As(err, &failed) {
-		d.explain(failed)
-	}
-	return resp, err
+	return d.pod.view(d.ctx, viewOp, d.file, header)
 }
 
-// explain says what a refusal means for a file.
-func (d *download) explain(failed *Error) {
+// exists is an error of category not_found unless the pod has the file.
+func (c *PodClient) exists(ctx context.Context, op string, f FileRef) error {
+	resp, err := c.view(ctx, op, f, http.Header{"Range": {"bytes=0-0"}})
+	if err != nil {
+		return err
+	}
+	defer func() { _ = resp.Body.Close() }() // nothing is read of it
+	return c.checkFile(resp, op, f)
+}
+
+// view asks for a file and says what a refusal means for it.
+func (c *PodClient) view(ctx context.Context, op string, f FileRef, header http.Header) (*http.Response, error) {
+	resp, err := c.endpoint.view(ctx, op, f.query(), header)
+	var failed *Error
 	switch {
+	case !errors.As(err, &failed):
 	case failed.Category == CategoryNotFound:
 		hint := ""
-		if d.file.Type == "temp" {
+		if f.Type == "temp" {
 			hint = ", and temp files are gone when a pod restarts"
 		}
-		failed.Err = fmt.Errorf("the pod has no file %s%s: %w", d.file, hint, failed.Err)
-	case failed.StatusCode == http.StatusForbidden && d.file.isOutside(): // it is not about credentials
+		failed.Err = fmt.Errorf("the pod has no file %s%s: %w", f, hint, failed.Err)
+	case failed.StatusCode == http.StatusForbidden && f.isOutside(): // it is not about credentials
 		failed.Category = CategoryValidation
-		failed.Err = fmt.Errorf("the pod serves no file outside its folders, as %s is: %w", d.file, failed.Err)
+		failed.Err = fmt.Errorf("the pod serves no file outside its folders, as %s is: %w", f, failed.Err)
 	}
+	return resp, err
 }
 
 // errRestarted: what was handed out has been taken back, and the answer is of no use.
@@ -470,7 +479,7 @@ var errRestarted = errors.New("the download begins again")
 
 // take makes the body of an answer the one that is read on from.
 func (d *download) take(resp *http.Response) error {
-	if err := d.pod.checkFile(resp, d.file); err != nil {
+	if err := d.pod.checkFile(resp, viewOp, d.file); err != nil {
 		return err
 	}
 	whole := resp.StatusCode == http.StatusOK
@@ -479,7 +488,10 @@ func (d *download) take(resp *http.Response) error {
 	case d.at > 0 && same && d.continues(resp):
 		_, d.size, _ = contentRange(resp)
 	case d.at > 0 && same && whole: // Range was ignored, as by a proxy
-		if _, err := io.CopyN(io.Discard, resp.Body, d.at); err != nil {
+		switch _, err := io.CopyN(io.Discard, resp.Body, d.at); {
+		case errors.Is(err, io.EOF): // bare, it would end the reading as if all had come
+			return d.pod.protocolError(resp, viewOp, fmt.Sprintf("%d bytes of the file have come, and now it is shorter", d.at))
+		case err != nil:
 			return err
 		}
 	case d.at > 0:
@@ -493,7 +505,7 @@ func (d *download) take(resp *http.Response) error {
 	case whole:
 		d.etag, d.size = strongEtag(resp), resp.ContentLength
 	default:
-		return d.pod.protocolError(resp, "the whole file was asked for, and another answer came")
+		return d.pod.protocolError(resp, viewOp, "the whole file was asked for, and another answer came")
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -527,22 +539,22 @@ func (d *download) again() error {
 }
 
 // checkFile refuses answers that are no files.
-func (c *PodClient) checkFile(resp *http.Response, f FileRef) error {
+func (c *PodClient) checkFile(resp *http.Response, op string, f FileRef) error {
 	// The server names a type by the file's name; a page in place of a picture is a proxy's.
 	mediaType, _, _ := mime.ParseMediaType(resp.Header.Get("Content-Type"))
 	if mediaType == "text/html" && !strings.Contains(strings.ToLower(path.Ext(f.Filename)), "htm") {
 		page, _ := io.ReadAll(io.LimitReader(resp.Body, refusalReply)) // what there is of it
-		answer := &reply{status: resp.StatusCode, header: resp.Header, sent: resp.Request.Header, path: resp.Request.URL.Path, body: page}
-		return c.endpoint.malformed(viewOp, answer, errors.New("a page came instead of the file"))
+		answer := &reply{status: resp.StatusCode, header: resp.Header, sent: resp.Request.Header, url: resp.Request.URL, body: page}
+		return c.endpoint.malformed(op, answer, errors.New("a page came instead of the file"))
 	}
 	if encoding := resp.Header.Get("Content-Encoding"); encoding != "" && encoding != "identity" {
-		return c.protocolError(resp, "the file came compressed, which was not asked for")
+		return c.protocolError(resp, op, "the file came compressed, which was not asked for")
 	}
 	return nil
 }
 
-func (c *PodClient) protocolError(resp *http.Response, text string) error {
-	return &Error{Op: viewOp, Pod: c.Name(), Category: CategoryProtocol, StatusCode: resp.StatusCode, Err: errors.New(text)}
+func (c *PodClient) protocolError(resp *http.Response, op, text string) error {
+	return &Error{Op: op, Pod: c.Name(), Category: CategoryProtocol, StatusCode: resp.StatusCode, Err: errors.New(text)}
 }
 
 // localError is one of the local file system.

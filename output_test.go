@@ -435,6 +435,26 @@ func TestS41OnlyTheSameFileIsResumed(t *testing.T) {
 	}
 }
 
+// A cache that kept half of the file, and knows no ranges, must not pass it off as the rest.
+func TestS41ShorterThanWhatHasCome(t *testing.T) {
+	t.Parallel()
+	var asked atomic.Int64
+	c := serve(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Etag", `"same"`)
+		if asked.Add(1) == 1 {
+			w.Header().Set("Content-Length", "1000")
+			_, _ = w.Write(noise(500))
+			return
+		}
+		_, _ = w.Write(noise(300))
+	}, hasty())
+	dir := t.TempDir()
+	_, err := Output{File: &FileRef{Filename: "a.bin", Type: "output"}, pod: c}.Save(t.Context(), dir)
+	assert.Equal(t, CategoryProtocol, CategoryOf(err))
+	require.ErrorContains(t, err, "500 bytes of the file have come, and now it is shorter")
+	assert.Empty(t, tree(t, dir))
+}
+
 // S41: a pod that always cuts is given up, whatever it sends, and no short file appears.
 func TestS41EndlessCutsAreGivenUp(t *testing.T) {
 	t.Parallel()

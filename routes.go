@@ -201,17 +201,21 @@ func (c *PodClient) ClearQueue(ctx context.Context) error {
 // ObjectInfo describes node classes, as GET /object_info does: all of them (several megabytes, seconds of the pod's event loop), or
 // those named. A class that the pod does not have is not in the result.
 func (c *PodClient) ObjectInfo(ctx context.Context, classes ...string) (map[string]json.RawMessage, error) {
+	const op = "object info"
 	all := map[string]json.RawMessage{}
 	paths := []string{"/object_info"}
 	if len(classes) > 0 {
 		paths = paths[:0]
 		for _, class := range classes {
+			if class == "" {
+				return nil, c.refuse(op, "the name of a class is empty")
+			}
 			paths = append(paths, "/object_info/"+url.PathEscape(class))
 		}
 	}
 	for _, path := range paths {
 		var some map[string]json.RawMessage
-		if err := c.getJSON(ctx, "object info", path, largeReply, &some); err != nil {
+		if err := c.getJSON(ctx, op, path, largeReply, &some); err != nil {
 			return nil, err
 		}
 		maps.Copy(all, some)
@@ -307,7 +311,7 @@ func (c *PodClient) UploadMask(ctx context.Context, original FileRef, name strin
 	}
 	original.Type = cmp.Or(original.Type, "output")
 	err := c.repeat(ctx, retryOp{op: op}, func(ctx context.Context) error {
-		return c.endpoint.exists(ctx, op, original)
+		return c.exists(ctx, op, original)
 	})
 	if err != nil {
 		return FileRef{}, err
@@ -661,6 +665,7 @@ func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error)
 	client := e.client
 	for hop := 0; ; hop++ {
 		reached.tries.Store(0)
+		cookies := req.Header["Cookie"] // without those of the jar
 		resp, err := client.Do(req)
 		if err != nil {
 			if resp != nil {
@@ -688,6 +693,8 @@ func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error)
 		req = next
 		if away {
 			client = e.strange
+		} else {
+			req.Header["Cookie"] = cookies
 		}
 	}
 }
@@ -720,7 +727,8 @@ func (e *endpoint) request(l *lifeline, q call, reached *connection) (*http.Requ
 }
 
 // redirected is the request that a redirect asks for; nil: it is not followed. Only GET and HEAD follow, within the pod's own
-// origin with all headers, elsewhere only for a call that roams, and then without credentials. A login page is no answer.
+// origin with all headers, elsewhere only for a call that roams, and then without credentials. A login page is no answer; a
+// call that roams looks at what comes, since a file can have any name.
 func (e *endpoint) redirected(q call, from *http.Request, resp *http.Response, hop int) (next *http.Request, away bool) {
 	switch resp.StatusCode {
 	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
@@ -732,7 +740,7 @@ func (e *endpoint) redirected(q call, from *http.Request, resp *http.Response, h
 	}
 	location := resp.Header.Get("Location")
 	to, err := from.URL.Parse(location)
-	if err != nil || location == "" || to.Scheme != "http" && to.Scheme != "https" || isLogin(location) {
+	if err != nil || location == "" || to.Scheme != "http" && to.Scheme != "https" || isLogin(location) && !q.roams {
 		return nil, false
 	}
 	to.User = nil
@@ -1006,8 +1014,7 @@ func (e *endpoint) refused(l *lifeline, q call, req *http.Request, resp *http.Re
 	if cut := l.cut(); cut != nil && cut.Category != CategoryTimeout {
 		return cut
 	}
-	failed := classifyRefusal(resp.StatusCode, resp.Header, []byte(e.scrub(string(body), req.Header)))
-	failed.Op, failed.Pod = q.op, e.opts.name
+	failed := e.refusal(q.op, resp.StatusCode, resp.Header, body, req.Header)
 	if isRefusal(failed) {
 		e.breaks.Add(1)
 	}
@@ -1020,6 +1027,13 @@ func (e *endpoint) refused(l *lifeline, q call, req *http.Request, resp *http.Re
 		failed.Category = CategoryUnavailable
 		failed.Err = fmt.Errorf("every ComfyUI has this route, so something else answers, or the pod is not up yet: %w", failed.Err)
 	}
+	return failed
+}
+
+// refusal classifies an answer that is no success to a request with the headers sent.
+func (e *endpoint) refusal(op string, status int, header http.Header, body []byte, sent http.Header) *Error {
+	failed := classifyRefusal(status, header, body, e.scrubber(sent))
+	failed.Op, failed.Pod = op, e.opts.name
 	return failed
 }
 
@@ -1051,11 +1065,12 @@ func onEveryPod(path string) bool {
 func (e *endpoint) malformed(op string, r *reply, cause error) error {
 	failed := &Error{Op: op, Pod: e.opts.name, Category: CategoryProtocol, StatusCode: r.status, Err: cause}
 	if isHTML(r.header, r.body) {
-		if bytes.Contains(bytes.ToLower(r.body), []byte(`type="password"`)) || isLogin(r.path) {
+		from := strings.TrimPrefix(r.url.String(), e.opts.base.String()) // the pod's own name says nothing
+		if bytes.Contains(bytes.ToLower(r.body), []byte(`type="password"`)) || isLogin(from) {
 			failed.Category = CategoryAuth
 		}
-		page := e.scrub(string(r.body[:min(len(r.body), refusalReply)]), r.sent)
-		failed.Err = fmt.Errorf("a page came instead of JSON: %s", excerpt(r.status, r.header, []byte(page)))
+		page := r.body[:min(len(r.body), refusalReply)]
+		failed.Err = fmt.Errorf("a page came instead of JSON: %s", excerpt(r.status, r.header, page, e.scrubber(r.sent)))
 	}
 	return failed
 }
@@ -1066,33 +1081,44 @@ const (
 	shortestSecret = 4
 )
 
-// scrub takes the client's credentials out of a text that may repeat them: pages of proxies do.
-func (e *endpoint) scrub(text string, sent http.Header) string {
+// scrubber takes the client's credentials out of texts that may repeat them: pages of proxies do.
+func (e *endpoint) scrubber(sent http.Header) func(string) string {
+	var pairs []string
 	for _, secret := range e.secrets(sent) {
-		text = strings.ReplaceAll(text, secret, redacted)
+		pairs = append(pairs, secret, redacted)
 	}
-	return text
+	return strings.NewReplacer(pairs...).Replace
 }
 
 // scrubbed is err, with another text if its own holds a credential.
 func (e *endpoint) scrubbed(err error, sent http.Header) error {
 	text := err.Error()
-	if clean := e.scrub(text, sent); clean != text {
+	if clean := e.scrubber(sent)(text); clean != text {
 		return &scrubbedError{clean, err}
 	}
 	return err
 }
 
+// scrubbedError answers errors.Is and errors.As as err does, and does not unwrap: nobody comes by err's text that way.
 type scrubbedError struct {
 	text string
 	err  error
 }
 
-func (s *scrubbedError) Error() string { return s.text }
-func (s *scrubbedError) Unwrap() error { return s.err }
+func (s *scrubbedError) Error() string        { return s.text }
+func (s *scrubbedError) Is(target error) bool { return errors.Is(s.err, target) }
+func (s *scrubbedError) As(target any) bool   { return errors.As(s.err, target) }
 
+// secrets are the client's credentials, the longest first: one can hold another.
 func (e *endpoint) secrets(sent http.Header) []string {
 	var all []string
+	request := http.Request{Header: sent}
+	for _, cookie := range request.Cookies() {
+		all = append(all, cookie.Value)
+	}
+	if _, password, ok := request.BasicAuth(); ok {
+		all = append(all, password)
+	}
 	for name, values := range sent {
 		switch name {
 		case "Accept", "Accept-Encoding", "Accept-Language", "Content-Type", "User-Agent", "Origin", "Referer", "Range", "If-Range", "Cache-Control":
@@ -1116,7 +1142,13 @@ func (e *endpoint) secrets(sent http.Header) []string {
 		all = append(all, password)
 	}
 	all = append(all, e.opts.apiKey)
-	all = slices.DeleteFunc(all, func(s string) bool { return len(s) < shortestSecret })
+	all = slices.DeleteFunc(all, func(s string) bool {
+		switch s {
+		case "true", "false", "null", "http", "https": // headers that are no credentials say so
+			return true
+		}
+		return len(s) < shortestSecret
+	})
 	slices.SortFunc(all, func(a, b string) int { return cmp.Or(cmp.Compare(len(b), len(a)), strings.Compare(a, b)) })
 	return slices.Compact(all)
 }
@@ -1313,7 +1345,7 @@ type reply struct {
 	status int
 	header http.Header
 	sent   http.Header // the request's
-	path   string      // where the answer came from, after redirects
+	url    *url.URL    // where the answer came from, after redirects; it may hold credentials
 	body   []byte
 }
 
@@ -1325,7 +1357,7 @@ func (e *endpoint) read(ctx context.Context, q call, limit int64) (*reply, error
 		return nil, err
 	}
 	defer func() { _ = resp.Body.Close() }()
-	r := &reply{status: resp.StatusCode, header: resp.Header, sent: resp.Request.Header, path: resp.Request.URL.Path}
+	r := &reply{status: resp.StatusCode, header: resp.Header, sent: resp.Request.Header, url: resp.Request.URL}
 	if resp.ContentLength <= limit {
 		body := bytes.NewBuffer(make([]byte, 0, bytes.MinRead+min(max(resp.ContentLength, 0), 64<<10))) // a claim is not believed beyond that
 		_, err = body.ReadFrom(io.LimitReader(resp.Body, limit+1))
@@ -1547,8 +1579,8 @@ func isNoRoute(status int) bool {
 // missing remembers for a while that the pod lacks a route. A page is a proxy's: it says nothing of the pod.
 func (e *endpoint) missing(q call, r *reply, until *time.Time) error {
 	if isHTML(r.header, r.body) {
-		failed := classifyRefusal(r.status, r.header, []byte(e.scrub(string(r.body), r.sent)))
-		failed.Op, failed.Pod, failed.Category = q.op, e.opts.name, CategoryUnavailable
+		failed := e.refusal(q.op, r.status, r.header, r.body, r.sent)
+		failed.Category = CategoryUnavailable
 		return failed
 	}
 	e.mu.Lock()
@@ -1686,25 +1718,6 @@ func (e *endpoint) uploadLimit(ctx context.Context) int64 {
 	defer e.mu.Unlock()
 	e.maxUpload = limit
 	return max(limit, 0)
-}
-
-// exists is an error of category not_found unless the pod has the file.
-func (e *endpoint) exists(ctx context.Context, op string, f FileRef) error {
-	q := call{
-		op: op, method: http.MethodGet, path: "/view", roams: true,
-		query:  url.Values{"filename": {f.Filename}, "subfolder": {f.Subfolder}, "type": {f.Type}},
-		header: http.Header{"Range": {"bytes=0-0"}, "Accept-Encoding": {"identity"}},
-		accept: func(status int) bool { return status == http.StatusRequestedRangeNotSatisfiable }, // an empty file
-	}
-	resp, err := e.send(ctx, q)
-	if err != nil {
-		var failed *Error
-		if errors.As(err, &failed) && failed.Category == CategoryNotFound {
-			failed.Err = fmt.Errorf("the pod has no file %q of type %s", path.Join(f.Subfolder, f.Filename), f.Type)
-		}
-		return err
-	}
-	return resp.Body.Close()
 }
 
 // uploadFile is a file on its way to the pod.
@@ -1866,11 +1879,11 @@ func (f *uploadFile) form() (*outgoing, error) {
 
 // view asks for a file, one try to the headers. 200, 206, 304 and 416 are returned as they are. A redirect to another host, as
 // hosted pods send them, is followed without credentials.
-func (e *endpoint) view(ctx context.Context, query url.Values, header http.Header) (*http.Response, error) {
+func (e *endpoint) view(ctx context.Context, op string, query url.Values, header http.Header) (*http.Response, error) {
 	h := http.Header{"Accept": {"*/*"}, "Accept-Encoding": {"identity"}}
 	maps.Copy(h, header)
 	return e.send(ctx, call{
-		op: "open file", method: http.MethodGet, path: "/view", query: query, header: h, roams: true,
+		op: op, method: http.MethodGet, path: "/view", query: query, header: h, roams: true,
 		accept: func(status int) bool {
 			return status == http.StatusNotModified || status == http.StatusRequestedRangeNotSatisfiable
 		},

@@ -129,6 +129,13 @@ func TestURLJoinsPrefixAndQuery(t *testing.T) {
 		{"http://h/?token=s3cret", "/view", url.Values{"filename": {"a b.png"}}, "http://h/view?filename=a+b.png&token=s3cret"},
 		{"http://h/?type=x", "/view", url.Values{"type": {"temp"}}, "http://h/view?type=temp"},
 		{"http://user:pass@h", "/prompt", nil, "http://h/prompt"},
+		{"user:pa%40ss@h:1", "/prompt", nil, "http://h:1/prompt"},
+		{"[::1]:8188", "/prompt", nil, "http://[::1]:8188/prompt"},
+		{"http://[fe80::1%25eth0]:8188/a", "/prompt", nil, "http://[fe80::1%25eth0]:8188/a/prompt"},
+		{"h:1/?next=http://x", "/prompt", nil, "http://h:1/prompt?next=http%3A%2F%2Fx"},
+		{"h/pod?next=http://x", "/prompt", nil, "http://h/pod/prompt?next=http%3A%2F%2Fx"},
+		{"http://h/a b//", "/prompt", nil, "http://h/a%20b/prompt"},
+		{"http://h:1/#/view", "/prompt", nil, "http://h:1/prompt"},
 	} {
 		c := clientOf(t, test.base)
 		assert.Equal(t, test.want, c.endpoint.url(test.path, test.query).String())
@@ -376,7 +383,7 @@ func TestCallsAreBounded(t *testing.T) {
 		assert.Equal(t, time.Minute, time.Since(start))
 
 		start = time.Now()
-		resp, err := c.endpoint.view(t.Context(), nil, nil)
+		resp, err := c.endpoint.view(t.Context(), viewOp, nil, nil)
 		require.NoError(t, err)
 		time.Sleep(5 * time.Minute) // a slow reader is no silent pod
 		got, err := io.ReadAll(resp.Body)
@@ -465,6 +472,21 @@ func TestS7RefusedWorkflowByNode(t *testing.T) {
 	}
 }
 
+// A header that is no credential can hold a word of every answer.
+func TestS7RefusalsAreReadWhateverIsInTheHeaders(t *testing.T) {
+	t.Parallel()
+	c := serve(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(http.StatusBadRequest)
+		_, _ = io.WriteString(w, `{"error":{"type":"prompt_outputs_failed_validation","message":"Prompt outputs failed validation"},"node_errors":{"1":{"errors":[`+
+			`{"type":"value_not_in_list","details":"ckpt: 'x.safetensors' not in (list of length 30)","extra_info":{"input_config":["COMBO",{"image_upload":true}]}}]}}}`)
+	}, noRetry(), WithHeader("ngrok-skip-browser-warning", "true"), WithHeader("X-Key", "COMBO"), WithHeader("X-Other", `image_upload":true`))
+	_, _, err := c.endpoint.postPrompt(t.Context(), []byte("{}"), nil)
+	var v *ValidationError
+	require.ErrorAs(t, err, &v)
+	assert.Equal(t, CategoryMissingAsset, CategoryOf(err))
+	assert.JSONEq(t, `{"input_config":["[redacted]",{"image_upload":true}]}`, string(v.Nodes["1"].Errors[0].ExtraInfo))
+}
+
 // credentials is a client with every kind of credential, and what no other host, error or log may see of them.
 func credentials(t *testing.T, base string) (*PodClient, []string) {
 	u, err := url.Parse(base)
@@ -536,7 +558,7 @@ func TestS9NoCredentialLeavesTheHost(t *testing.T) {
 	assert.EqualValues(t, 2, posts.Load())
 	assert.Empty(t, strangerSaw.Load(), "only files are fetched from elsewhere")
 
-	resp, err := c.endpoint.view(t.Context(), url.Values{"filename": {"a.png"}}, http.Header{"Range": {"bytes=5-"}})
+	resp, err := c.endpoint.view(t.Context(), viewOp, url.Values{"filename": {"a.png"}}, http.Header{"Range": {"bytes=5-"}})
 	require.NoError(t, err)
 	body, err := io.ReadAll(resp.Body)
 	require.NoError(t, err)
@@ -579,7 +601,7 @@ func TestS9CredentialsStayAwayAfterAHop(t *testing.T) {
 	}))
 	defer stranger.Close()
 	c, secrets := credentials(t, home.URL)
-	resp, err := c.endpoint.view(t.Context(), nil, nil)
+	resp, err := c.endpoint.view(t.Context(), viewOp, nil, nil)
 	require.NoError(t, err)
 	require.NoError(t, resp.Body.Close())
 	require.Len(t, saw, 3)
@@ -633,6 +655,81 @@ func TestS9ErrorsHoldNoCredential(t *testing.T) {
 	assert.Contains(t, err.Error(), "127.0.0.1:1", "but it names the pod")
 }
 
+func TestS9CredentialsInEveryGuise(t *testing.T) {
+	t.Parallel()
+	const key = `kä"y\1`
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		cookie, err := r.Cookie("session")
+		assert.NoError(t, err)
+		_, password, _ := r.BasicAuth()
+		text := "no " + key + cookie.Value + password
+		if r.Method == http.MethodGet {
+			w.WriteHeader(http.StatusForbidden)
+			_, _ = io.WriteString(w, strings.Repeat("x", 190)+text)
+			return
+		}
+		w.WriteHeader(http.StatusBadRequest)
+		data, _ := json.Marshal(map[string]any{"error": map[string]string{"type": "t", "message": text, "details": text}})
+		_, _ = w.Write(data)
+	}, noRetry(), WithHeader("X-API-Key", key), WithHeader("Cookie", "a=b; session=cook1e"), WithHeader("Authorization", "Basic c29tZW9uZTpwYXNzLXcwcmQ="))
+	_, _, post := c.endpoint.postPrompt(t.Context(), []byte("{}"), nil)
+	_, get := c.Queue(t.Context())
+	for _, err := range []error{post, get} {
+		require.ErrorContains(t, err, "no [redact")
+		for _, secret := range []string{key, "kä", "cook1e", "pass-w0rd"} {
+			assert.NotContains(t, err.Error(), secret)
+		}
+	}
+}
+
+func TestS9StreamRefusalHoldsNoCredential(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(http.StatusForbidden)
+		for _, cookie := range r.Cookies() {
+			_, _ = io.WriteString(w, cookie.String()+" ")
+		}
+		_, _ = io.WriteString(w, r.URL.RawQuery+" "+r.Header.Get("Authorization")+r.Header.Get("X-Fresh")+r.Header.Get("X-Api-Key"))
+	}))
+	defer server.Close()
+	c, secrets := credentials(t, server.URL)
+	c.endpoint.client.Jar = jarOf(t, server.URL, "jar", "jar-c00kie")
+	s := &stream{endpoint: c.endpoint, timing: c.endpoint.timing, clientID: "x"}
+	_, err := s.dial(t.Context())
+	require.ErrorContains(t, err, "session=[redacted] [redacted] clientId=x&token=[redacted]")
+	for _, secret := range append(secrets, "jar-c00kie") {
+		assert.NotContains(t, err.Error(), secret)
+	}
+}
+
+func jarOf(t *testing.T, rawURL, name, value string) http.CookieJar {
+	t.Helper()
+	jar, err := cookiejar.New(nil)
+	require.NoError(t, err)
+	jar.SetCookies(mustURL(t, rawURL), []*http.Cookie{{Name: name, Value: value}})
+	return jar
+}
+
+// A cookie that the redirect replaced is not sent beside the new one.
+func TestRedirectReplacesCookies(t *testing.T) {
+	t.Parallel()
+	var saw []string
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		saw = append(saw, r.Header.Get("Cookie"))
+		if r.URL.Path == "/prompt" {
+			http.SetCookie(w, &http.Cookie{Name: "sid", Value: "new"})
+			http.Redirect(w, r, "/there", http.StatusFound)
+			return
+		}
+		_, _ = io.WriteString(w, `{"exec_info":{"queue_remaining":0}}`)
+	}))
+	defer server.Close()
+	c := clientOf(t, server.URL, noRetry(), WithHeader("Cookie", "own=1"), WithHTTPClient(&http.Client{Jar: jarOf(t, server.URL, "sid", "old")}))
+	_, err := c.endpoint.queueRemaining(t.Context())
+	require.NoError(t, err)
+	assert.Equal(t, []string{"own=1; sid=old", "own=1; sid=new"}, saw)
+}
+
 func TestS9LoginPages(t *testing.T) {
 	t.Parallel()
 	var logins atomic.Int64
@@ -658,6 +755,38 @@ func TestS9LoginPages(t *testing.T) {
 	_, err = c.Models(t.Context(), "")
 	assert.Equal(t, CategoryProtocol, CategoryOf(err))
 	require.ErrorContains(t, err, "Welcome to nginx!")
+}
+
+// Hosted pods redirect to a URL with the file's name in it, which is no sign of a login page; the page itself is.
+func TestS9FilesAreNoLoginPages(t *testing.T) {
+	t.Parallel()
+	far := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/oauth2/start" {
+			w.Header().Set("Content-Type", "text/html")
+			_, _ = io.WriteString(w, "<title>Who are you?</title>")
+			return
+		}
+		_, _ = io.WriteString(w, "pixels")
+	}))
+	defer far.Close()
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		name := r.URL.Query().Get("filename")
+		if name == "secret.png" {
+			http.Redirect(w, r, far.URL+"/oauth2/start", http.StatusFound)
+			return
+		}
+		http.Redirect(w, r, far.URL+"/bucket/"+url.PathEscape(name)+"?sig=x", http.StatusFound)
+	}, noRetry())
+	for _, name := range []string{"road_sign_00001_.png", "login.png", "auth (1).webp"} {
+		body, err := c.Open(t.Context(), FileRef{Filename: name, Type: "output"})
+		require.NoError(t, err, name)
+		require.NoError(t, body.Close())
+	}
+	_, err := c.Open(t.Context(), FileRef{Filename: "secret.png", Type: "output"})
+	assert.Equal(t, CategoryAuth, CategoryOf(err))
+	require.ErrorContains(t, err, "Who are you?")
+	_, err = c.UploadMask(t.Context(), FileRef{Filename: "secret.png"}, "m.png", strings.NewReader("x"))
+	assert.Equal(t, CategoryAuth, CategoryOf(err))
 }
 
 func TestRedirectsWithinThePod(t *testing.T) {
@@ -885,6 +1014,18 @@ func TestUploadMask(t *testing.T) {
 	_, err = c.UploadMask(t.Context(), FileRef{Filename: "nope.png"}, "m.png", strings.NewReader("x"))
 	assert.Equal(t, CategoryNotFound, CategoryOf(err), "the pod would say 200 and save nothing")
 	assert.Nil(t, form)
+
+	c = serve(t, func(w http.ResponseWriter, r *http.Request) {
+		assert.Equal(t, "a.png", r.URL.Query().Get("filename"), "/view looks at the last part of a name only")
+		w.WriteHeader(map[string]int{"..": http.StatusForbidden, "sub": http.StatusNotFound}[r.URL.Query().Get("subfolder")])
+	})
+	_, err = c.UploadMask(t.Context(), FileRef{Filename: "a.png", Subfolder: ".."}, "m.png", strings.NewReader("x"))
+	assert.Equal(t, CategoryValidation, CategoryOf(err), "it is not about credentials")
+	_, err = c.UploadMask(t.Context(), FileRef{Filename: "sub/a.png"}, "m.png", strings.NewReader("x"))
+	assert.Equal(t, CategoryNotFound, CategoryOf(err))
+	var failed *Error
+	require.ErrorAs(t, err, &failed)
+	assert.Equal(t, "upload mask", failed.Op)
 }
 
 // ---------------------------------------------------------------- S44
@@ -1571,6 +1712,13 @@ func TestObjectInfoOfSomeClasses(t *testing.T) {
 }
 
 // The transport may come to read a body long after the call has failed: nothing may leave then.
+func TestObjectInfoOfANamelessClass(t *testing.T) {
+	t.Parallel()
+	c := serve(t, func(http.ResponseWriter, *http.Request) { t.Error("a request for all of it, or for nothing") })
+	_, err := c.ObjectInfo(t.Context(), "")
+	assert.Equal(t, CategoryValidation, CategoryOf(err))
+}
+
 func TestSealedBodySendsNothing(t *testing.T) {
 	t.Parallel()
 	asked := 0
@@ -1694,7 +1842,7 @@ func checkRoutes(t *testing.T, base string) {
 	assert.Equal(t, FileRef{name, "routes", "input"}, refs[0])
 	assert.NotEqual(t, refs[0], refs[1], "other content has another name")
 	assert.Equal(t, refs[0], refs[2], "equal content is kept once")
-	resp, err := c.endpoint.view(ctx, url.Values{"filename": {name}, "subfolder": {"routes"}, "type": {"input"}}, http.Header{"Range": {"bytes=1-3"}})
+	resp, err := c.endpoint.view(ctx, viewOp, url.Values{"filename": {name}, "subfolder": {"routes"}, "type": {"input"}}, http.Header{"Range": {"bytes=1-3"}})
 	require.NoError(t, err)
 	part, err := io.ReadAll(resp.Body)
 	require.NoError(t, err)
@@ -1704,7 +1852,7 @@ func checkRoutes(t *testing.T, base string) {
 	mask := bytes.NewReader(png.Bytes())
 	ref, err := c.UploadMask(ctx, refs[0], "mask-"+name, mask, UploadSubfolder("clipspace"))
 	require.NoError(t, err)
-	require.NoError(t, c.endpoint.exists(ctx, "view", ref), "it was saved")
+	require.NoError(t, c.exists(ctx, "view", ref), "it was saved")
 	_, err = c.UploadMask(ctx, FileRef{Filename: "nope-" + name, Type: "input"}, "mask-"+name, mask)
 	assert.Equal(t, CategoryNotFound, CategoryOf(err))
 
@@ -1755,7 +1903,7 @@ func TestS45CloseEndsCalls(t *testing.T) {
 			<-stop
 		})
 		ctx := t.Context()
-		file, err := c.endpoint.view(ctx, nil, nil) //nolint:bodyclose // it is, below
+		file, err := c.endpoint.view(ctx, viewOp, nil, nil) //nolint:bodyclose // it is, below
 		require.NoError(t, err)
 		calls := map[string]func() error{
 			"waits for an answer": func() error { return second(c.Features(ctx)) },
@@ -1864,13 +2012,18 @@ func TestUploadOfAFile(t *testing.T) {
 // A transport's own error may repeat a header.
 func TestS9TransportErrorsHoldNoCredential(t *testing.T) {
 	t.Parallel()
-	cause := errors.New(`invalid header "X-API-Key: header-k3y"`)
+	cause := fmt.Errorf(`invalid header "X-API-Key: header-k3y": %w`, io.ErrUnexpectedEOF)
 	c := clientOf(t, "http://pod", noRetry(), WithHeader("X-API-Key", "header-k3y"),
 		WithHTTPClient(&http.Client{Transport: roundTrip(func(*http.Request) (*http.Response, error) { return nil, cause })}))
 	_, err := c.Queue(t.Context())
 	require.ErrorIs(t, err, cause)
-	assert.NotContains(t, err.Error(), "header-k3y")
+	for e := err; e != nil; e = errors.Unwrap(e) {
+		assert.NotContains(t, e.Error(), "header-k3y")
+	}
 	data, fault := encodeError(err)
 	require.NoError(t, fault)
 	assert.NotContains(t, string(data), "header-k3y")
+	back, fault := decodeError(data)
+	require.NoError(t, fault)
+	require.ErrorIs(t, back, io.ErrUnexpectedEOF)
 }

@@ -182,6 +182,7 @@ func (s *stream) connect(ctx context.Context) (heard bool, err error) {
 }
 
 func (s *stream) dial(ctx context.Context) (*websocket.Conn, error) {
+	const op = "dial stream"
 	ctx, cancel := context.WithTimeout(ctx, s.timing.Connect)
 	defer cancel()
 	u := s.endpoint.streamURL(s.clientID)
@@ -189,18 +190,23 @@ func (s *stream) dial(ctx context.Context) (*websocket.Conn, error) {
 	if err := s.endpoint.authorize(ctx, header); err != nil {
 		return nil, err
 	}
-	conn, resp, err := s.endpoint.dialer().DialContext(ctx, u.String(), header)
+	dialer := s.endpoint.dialer()
+	if dialer.Jar != nil { // beside a Cookie header of the options the dialer would leave them out
+		request := http.Request{Header: header}
+		for _, cookie := range dialer.Jar.Cookies(s.endpoint.url("/ws", nil)) {
+			request.AddCookie(cookie)
+		}
+	}
+	conn, resp, err := dialer.DialContext(ctx, u.String(), header)
 	if err == nil {
 		return conn, nil
 	}
 	if resp == nil {
-		return nil, &Error{Op: "dial stream", Pod: s.endpoint.opts.name, Category: plainCategory(err), Err: withoutURL(err)}
+		return nil, &Error{Op: op, Pod: s.endpoint.opts.name, Category: plainCategory(err), Err: s.endpoint.scrubbed(withoutURL(err), header)}
 	}
 	body, _ := io.ReadAll(io.LimitReader(resp.Body, 4096))
 	_ = resp.Body.Close()
-	refusal := classifyRefusal(resp.StatusCode, resp.Header, body)
-	refusal.Op, refusal.Pod = "dial stream", s.endpoint.opts.name
-	return nil, refusal
+	return nil, s.endpoint.refusal(op, resp.StatusCode, resp.Header, body, header)
 }
 
 // serve reads conn until it fails, is to be replaced or is no longer wanted, and closes it.
