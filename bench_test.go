@@ -7,9 +7,11 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -279,8 +281,8 @@ type bareClient struct {
 	early map[string]bool // ended before anybody waited
 }
 
-func newBareClient(b *testing.B, pod *comfyuitest.Pod) *bareClient {
-	c := &bareClient{url: pod.URL(), id: "bare", waits: map[string]chan struct{}{}, early: map[string]bool{}}
+func newBareClient(b *testing.B, podURL string) *bareClient {
+	c := &bareClient{url: podURL, id: "bare", waits: map[string]chan struct{}{}, early: map[string]bool{}}
 	c.http.Transport = &http.Transport{MaxIdleConnsPerHost: 64}
 	conn, resp, err := websocket.DefaultDialer.DialContext(b.Context(), "ws"+strings.TrimPrefix(c.url, "http")+"/ws?clientId="+c.id, nil)
 	if err != nil {
@@ -420,8 +422,57 @@ func BenchmarkJobs(b *testing.B) {
 			loop(b, libraryRun(b, c))
 			b.ReportMetric(float64(c.Stats().Calls)/float64(c.Stats().Submitted), "calls/job")
 		})
-		b.Run(name+"/bare", func(b *testing.B) { loop(b, newBareClient(b, quickPod(b)).run) })
+		b.Run(name+"/bare", func(b *testing.B) { loop(b, newBareClient(b, quickPod(b).URL()).run) })
 	}
+}
+
+// BenchmarkRealPod runs a trivial job on the pod that COMFYUI_POD names, through the library and with the bare loop by turns: what else
+// the server does falls on both alike. The medians are compared, since a server collects garbage for up to a second now and then.
+func BenchmarkRealPod(b *testing.B) {
+	podURL := strings.TrimRight(os.Getenv("COMFYUI_POD"), "/")
+	if podURL == "" {
+		b.Skip("set COMFYUI_POD to the URL of a ComfyUI server to run this (docs/testing.md)")
+	}
+	c, err := NewPodClient(podURL)
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	if err := c.WaitReady(b.Context()); err != nil {
+		b.Fatal(err)
+	}
+	runs := []func([]byte) error{libraryRun(b, c), newBareClient(b, podURL).run}
+	var took [2][]time.Duration
+	const warmUp = 3
+	job := func(i int) time.Duration {
+		graph := fmt.Appendf(nil, `{"1":{"class_type":"EmptyImage","inputs":{"width":8,"height":8,"batch_size":1,"color":%d}},`+
+			`"2":{"class_type":"PreviewImage","inputs":{"images":["1",0]}}}`, rand.IntN(1<<24)) // new, or the pod would take it from its cache
+		began := time.Now()
+		if err := runs[i](graph); err != nil {
+			b.Fatal(err)
+		}
+		return time.Since(began)
+	}
+	for range warmUp {
+		job(0)
+		job(1)
+	}
+	for n := 0; b.Loop(); n++ {
+		for i := range runs {
+			i = (i + n) % len(runs)
+			took[i] = append(took[i], job(i))
+		}
+	}
+	median := func(of []time.Duration) float64 {
+		slices.Sort(of)
+		return float64(of[len(of)/2].Microseconds()) / 1000
+	}
+	library, bare := median(took[0]), median(took[1])
+	b.ReportMetric(0, "ns/op") // of a pair: it tells nothing
+	b.ReportMetric(library, "ms-library")
+	b.ReportMetric(bare, "ms-bare")
+	b.ReportMetric(library/bare, "x-bare")
+	b.ReportMetric(float64(c.Stats().Calls)/float64(c.Stats().Submitted), "calls/job")
 }
 
 // BenchmarkTerminalToWait measures the time from the pod's terminal frame to the return of Wait, over a live stream.
