@@ -1101,26 +1101,15 @@ func (s *RedisStore) Claim(ctx context.Context, jobID, owner string, ttl time.Du
 
 // Renew implements Store.
 func (s *RedisStore) Renew(ctx context.Context, owner string, ttl time.Duration, jobIDs []string) (lost []string, err error) {
-	err = s.runBatches(ctx, "renew", redisscript.Renew, jobIDs, []any{owner, ttl.Microseconds()}, func(reply any) error {
-		ids, ok := reply.([]any)
-		if !ok {
-			return errBadReply
-		}
-		for _, id := range ids {
-			id, ok := id.(string)
-			if !ok {
-				return errBadReply
-			}
-			lost = append(lost, id)
-		}
-		return nil
+	err = s.runBatches(ctx, "renew", redisscript.Renew, jobIDs, []any{owner, ttl.Microseconds()}, func(id string) {
+		lost = append(lost, id)
 	})
 	return lost, err
 }
 
 // Release implements Store.
 func (s *RedisStore) Release(ctx context.Context, owner string, jobIDs []string) error {
-	return s.runBatches(ctx, "release", redisscript.Release, jobIDs, []any{owner}, func(any) error { return nil })
+	return s.runBatches(ctx, "release", redisscript.Release, jobIDs, []any{owner}, func(string) {})
 }
 
 // RequestCancel implements Store.
@@ -1159,8 +1148,8 @@ func (s *RedisStore) Unfinished(ctx context.Context, pod string) iter.Seq2[*Reco
 	}
 }
 
-// redisRead is what one round trip of a walk brought: the fields of these jobs (nil for one that is absent), or why there
-// are none.
+// redisRead is what one round trip of a walk brought: the fields of these jobs (nil for one that is absent, an error for one that
+// is no job), or why there are none.
 type redisRead struct {
 	redisJobs
 	fields []redisFields
@@ -1271,7 +1260,7 @@ func (s *RedisStore) readBatch(ctx context.Context, jobs redisJobs) redisRead {
 	r.fields, r.err = callRedis(ctx, s, func(ctx context.Context) ([]redisFields, error) { return read(ctx, keys) })
 	var gone []string
 	for i, values := range r.fields {
-		if values.at(redisEpoch) == "" {
+		if values.at(redisEpoch) == "" && values.refusal() == nil {
 			gone = append(gone, jobs.ids[i])
 		}
 	}
@@ -1301,12 +1290,17 @@ func (s *RedisStore) readFields(ctx context.Context, keys []string) ([]redisFiel
 	for i, key := range keys {
 		cmds[i] = pipe.HMGet(ctx, key, redisWalkFields...)
 	}
-	if _, err := pipe.Exec(ctx); err != nil {
-		return nil, err
-	}
+	_, _ = pipe.Exec(ctx)
 	values := make([]redisFields, len(cmds))
 	for i, cmd := range cmds {
-		values[i] = cmd.Val()
+		switch err := cmd.Err(); {
+		case err == nil:
+			values[i] = cmd.Val()
+		case isWrongType(err):
+			values[i] = redisFields{err}
+		default:
+			return nil, err
+		}
 	}
 	return values, nil
 }
@@ -1321,14 +1315,23 @@ func (s *RedisStore) readFieldsByScript(ctx context.Context, keys []string) ([]r
 	}
 	values := make([]redisFields, len(reply))
 	for i, v := range reply {
-		fields, ok := v.([]any)
-		if !ok {
+		switch v := v.(type) {
+		case []any:
+			values[i] = v
+		case error:
+			if !isWrongType(v) {
+				return nil, v
+			}
+			values[i] = redisFields{v}
+		default:
 			return nil, errBadReply
 		}
-		values[i] = fields
 	}
 	return values, nil
 }
+
+// isWrongType: another program has made something else of the key.
+func isWrongType(err error) bool { return redis.HasErrorPrefix(err, "WRONGTYPE") }
 
 // foundRecord is one record of a walk, or why it cannot be read.
 type foundRecord struct {
@@ -1345,6 +1348,10 @@ func (r redisRead) decode(pod string) []foundRecord {
 		workers.Go(func() {
 			for i := from; i < min(from+each, len(found)); i++ {
 				fields := r.fields[i]
+				if err := fields.refusal(); err != nil {
+					found[i] = foundRecord{err: storeError("unfinished", r.ids[i], nil, err)}
+					continue
+				}
 				if fields.at(redisEpoch) == "" || fields.at(redisEnded) != "0" || pod != "" && fields.at(redisPod) != pod {
 					continue
 				}
@@ -1487,6 +1494,15 @@ func (f redisFields) at(i int) string {
 	return v
 }
 
+// refusal is why there are no values, if Redis has said that.
+func (f redisFields) refusal() error {
+	if len(f) == 0 {
+		return nil
+	}
+	err, _ := f[0].(error)
+	return err
+}
+
 // hold reads owner, epoch, rev, lease end and cancel flag.
 func (f redisFields) hold() (hold, error) {
 	epoch, err1 := strconv.ParseInt(f.at(redisEpoch), 10, 64)
@@ -1576,14 +1592,28 @@ func (s *RedisStore) batchesOf(jobIDs []string, size int) []redisJobs {
 	return batches
 }
 
-// runBatches runs a script over jobs of any shards, in one round trip for each node, and hands each reply to take.
-func (s *RedisStore) runBatches(ctx context.Context, method string, script *redis.Script, jobIDs []string, args []any, take func(reply any) error) error {
+// runBatches runs a script over jobs of any shards, in one round trip for each node, and hands each id that it returns to take. What
+// else it returns are errors, of single jobs.
+func (s *RedisStore) runBatches(ctx context.Context, method string, script *redis.Script, jobIDs []string, args []any, take func(id string)) error {
 	if err := ctx.Err(); err != nil {
 		return storeError(method, "", nil, err)
 	}
 	replies, err := s.runPipeline(ctx, script, s.batchesOf(jobIDs, redisBatch), args)
 	for _, reply := range replies {
-		err = errors.Join(err, take(reply))
+		items, ok := reply.([]any)
+		if !ok {
+			err = errors.Join(err, errBadReply)
+		}
+		for _, item := range items {
+			switch item := item.(type) {
+			case string:
+				take(item)
+			case error:
+				err = errors.Join(err, item)
+			default:
+				err = errors.Join(err, errBadReply)
+			}
+		}
 	}
 	if err != nil {
 		return storeError(method, "", nil, err)
@@ -1678,7 +1708,8 @@ const (
 	redisFeedPing = 10 * time.Second
 )
 
-// Watch implements Watcher. All watches of a store share one subscription. A Redis that fails is borne for two minutes.
+// Watch implements Watcher. All watches of a store share one subscription. A Redis that fails is borne for two minutes, a client
+// that is closed is not.
 func (s *RedisStore) Watch(ctx context.Context, jobID string) iter.Seq2[Event, error] {
 	return func(yield func(Event, error) bool) {
 		r, err := s.Get(ctx, jobID)
@@ -1710,9 +1741,9 @@ func (s *RedisStore) Watch(ctx context.Context, jobID string) iter.Seq2[Event, e
 				switch {
 				case err == nil:
 					failing = time.Time{}
-				case failing.IsZero():
+				case failing.IsZero() && !errors.Is(err, redis.ErrClosed):
 					failing = time.Now()
-				case time.Since(failing) >= redisWatchPatience:
+				case errors.Is(err, redis.ErrClosed), time.Since(failing) >= redisWatchPatience:
 					yield(Event{}, storeError("watch", jobID, t.told, errors.Unwrap(err)))
 					return
 				}

@@ -725,6 +725,7 @@ func (e *eventsOf) last() (comfyui.EventKind, time.Duration) {
 type watchBench struct {
 	*testing.T
 	server *simRedis
+	client *redis.Client
 	store  *comfyui.RedisStore
 	record *comfyui.Record
 	events *eventsOf
@@ -736,7 +737,8 @@ func inWatchBench(t *testing.T, run func(b *watchBench)) {
 	synctest.Test(t, func(t *testing.T) {
 		server := newSimRedis()
 		t.Cleanup(server.Close)
-		b := &watchBench{T: t, server: server, store: newRedisStore(t, server.client(t, nil))}
+		client := server.client(t, nil)
+		b := &watchBench{T: t, server: server, client: client, store: newRedisStore(t, client)}
 		var err error
 		b.record, err = b.store.Create(t.Context(), &comfyui.Record{JobID: "job", Owner: "a", Attempt: 1, Progress: comfyui.Progress{Status: comfyui.StatusPending}}, time.Hour)
 		require.NoError(t, err)

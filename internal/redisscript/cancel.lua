@@ -8,6 +8,7 @@ if tonumber(was[2]) > tonumber(ARGV[1]) then
   return {'schema', was[2]}
 end
 if was[1] == '0' then
+  spare(KEYS[1])
   redis.call('HSET', KEYS[1], 'cancel', '1')
 end
 return answer('there', KEYS[1])

@@ -8,6 +8,7 @@ end
 if tonumber(was[5]) > tonumber(ARGV[2]) then
   return {'schema', was[5]}
 end
+spare(job)
 local time, ttl = now(), tonumber(ARGV[4])
 if tonumber(was[3]) > time then
   if was[2] ~= ARGV[3] then

@@ -14,6 +14,22 @@ local function int(n)
   return string.format('%.0f', n)
 end
 
+-- spare lets the writes that follow go on in a Redis that has reached its maxmemory: it judges a script by its first write, and this
+-- one takes no memory. What drives a job to its end, which gives memory back, must not wait for memory.
+local function spare(job)
+  redis.call('HDEL', job, '')
+end
+
+-- holds tells whether a job is the owner's, and whether it is unfinished; or the error where another program has made something
+-- else of the key: that must not cost the other jobs of a script theirs.
+local function holds(job, owner)
+  local was = redis.pcall('HMGET', job, 'owner', 'ended')
+  if was.err then
+    return false, false, was
+  end
+  return was[1] == owner, was[2] == '0'
+end
+
 -- answer is a verdict and the record as it stands.
 local function answer(verdict, job)
   return {verdict, redis.call('HMGET', job, 'owner', 'epoch', 'rev', 'lease', 'cancel', 'record', 'workflow')}

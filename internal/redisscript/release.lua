@@ -1,12 +1,17 @@
 -- KEYS index, jobs...
 -- ARGV owner, ids...
+-- Returns errors.
+local errors = {}
 for i = 2, #KEYS do
-  local was = redis.call('HMGET', KEYS[i], 'owner', 'ended')
-  if was[1] == ARGV[1] then
+  local mine, unfinished, err = holds(KEYS[i], ARGV[1])
+  if err then
+    errors[#errors + 1] = err
+  elseif mine then
+    spare(KEYS[i])
     redis.call('HSET', KEYS[i], 'lease', '0')
-    if was[2] == '0' then
+    if unfinished then
       redis.call('ZADD', KEYS[1], '0', ARGV[i])
     end
   end
 end
-return #KEYS - 1
+return errors

@@ -21,6 +21,9 @@ if epoch == stored and tonumber(was[4]) == stored then
   return answer('fenced', job)
 end
 
+if ARGV[14] == '' then
+  spare(job)
+end
 local cancel, lease, ended = was[5], was[6], '0'
 if ARGV[10] == '1' then
   if ARGV[7] == '1' then
