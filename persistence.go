@@ -516,6 +516,12 @@ type Watcher interface {
 	Watch(ctx context.Context, jobID string) iter.Seq2[Event, error]
 }
 
+// intentReader is a Store that tells of many jobs at once which of them somebody wants cancelled: one round trip for all that a
+// client drives, instead of one each.
+type intentReader interface {
+	cancelsRequested(ctx context.Context, jobIDs []string) (requested []string, err error)
+}
+
 // storeError makes the error of a store's method. r is the record as it stands, where it is known.
 func storeError(method, jobID string, r *Record, err error) error {
 	e := &Error{Op: "store " + method, JobID: jobID, Category: toldCategory(err, 0), Err: err}
@@ -736,6 +742,21 @@ func (s *MemoryStore) Renew(ctx context.Context, owner string, ttl time.Duration
 		j.leaseUntil = now.Add(ttl)
 	}
 	return lost, nil
+}
+
+// cancelsRequested implements intentReader.
+func (s *MemoryStore) cancelsRequested(ctx context.Context, jobIDs []string) (requested []string, err error) {
+	if err := ctx.Err(); err != nil {
+		return nil, storeError("read cancels", "", nil, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, id := range jobIDs {
+		if j := s.unfinished[id]; j != nil && j.cancelRequested {
+			requested = append(requested, id)
+		}
+	}
+	return requested, nil
 }
 
 // Release implements Store.
@@ -1105,6 +1126,12 @@ func (s *RedisStore) Renew(ctx context.Context, owner string, ttl time.Duration,
 		lost = append(lost, id)
 	})
 	return lost, err
+}
+
+// cancelsRequested implements intentReader.
+func (s *RedisStore) cancelsRequested(ctx context.Context, jobIDs []string) (requested []string, err error) {
+	err = s.runBatches(ctx, "read cancels", redisscript.Cancels, jobIDs, nil, func(id string) { requested = append(requested, id) })
+	return requested, err
 }
 
 // Release implements Store.

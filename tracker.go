@@ -590,6 +590,10 @@ func (t *tracker) spread(j *tracked, evs []Event, now time.Time) {
 	}
 	if !j.write.dirty {
 		j.write.dirty, j.write.at = true, now.Add(max(0, t.timing.ProgressWrite))
+		if j.index >= 0 && j.write.at.Before(j.wakeAt) { // not every frame is followed by an advance
+			j.wakeAt = j.write.at
+			heap.Fix(&t.wakes, j.index)
+		}
 	}
 	if j.end != nil {
 		j.write.urgent = true
@@ -1643,9 +1647,11 @@ func (t *tracker) fenced(j *tracked, stored *Record, now time.Time) {
 func (t *tracker) renew(now time.Time) {
 	t.due.renew = time.Time{}
 	var ids []string
+	driven := map[string]*tracked{}
 	for id, j := range t.jobs {
 		if j.lease != nil && !j.rec.Progress.Status.Terminal() {
 			ids = append(ids, id)
+			driven[id] = j
 		}
 	}
 	if len(ids) == 0 {
@@ -1664,11 +1670,22 @@ func (t *tracker) renew(now time.Time) {
 		if err != nil {
 			t.counters.storeErrors.Add(1)
 		}
-		return func() { t.renewed(asked, ids, lost, err) }
+		reader, ok := t.store.(intentReader)
+		if !ok {
+			return func() { t.renewed(asked, ids, lost, err, t.readIntent) }
+		}
+		cancels, _ := reader.cancelsRequested(ctx, ids) // what cannot be read now is read with the next renewal
+		return func() {
+			t.renewed(asked, ids, lost, err, nil)
+			for _, id := range cancels {
+				t.learnIntent(driven[id])
+			}
+		}
 	})
 }
 
-func (t *tracker) renewed(asked time.Time, ids, lost []string, err error) {
+// renewed takes in what became of the leases. readIntent, if any, is called for each job whose lease goes on.
+func (t *tracker) renewed(asked time.Time, ids, lost []string, err error, readIntent func(*tracked)) {
 	t.due.renewing = false
 	isLost := make(map[string]bool, len(lost))
 	for _, id := range lost {
@@ -1684,7 +1701,9 @@ func (t *tracker) renewed(asked time.Time, ids, lost []string, err error) {
 			t.lostLease(j)
 		case err == nil:
 			j.lease.confirmed(asked)
-			t.readIntent(j)
+			if readIntent != nil {
+				readIntent(j)
+			}
 		}
 	}
 }
@@ -1724,14 +1743,17 @@ func (t *tracker) readIntent(j *tracked) {
 		if err != nil || !stored.CancelRequested {
 			return nil
 		}
-		return func() {
-			if now := time.Now(); j.lease != nil && !j.concluded && !j.rec.CancelRequested {
-				j.rec.CancelRequested = true
-				t.wantCancel(j, now)
-				t.advance(j, now)
-			}
-		}
+		return func() { t.learnIntent(j) }
 	})
+}
+
+// learnIntent takes in that somebody wants a job cancelled.
+func (t *tracker) learnIntent(j *tracked) {
+	if now := time.Now(); j != nil && j.lease != nil && !j.concluded && !j.rec.CancelRequested && !j.cancel.refused {
+		j.rec.CancelRequested = true
+		t.wantCancel(j, now)
+		t.advance(j, now)
+	}
 }
 
 // ------------------------------------------------------------- followers

@@ -26,6 +26,8 @@ var (
 	release string
 	//go:embed cancel.lua
 	cancel string
+	//go:embed cancels.lua
+	cancels string
 	//go:embed scan.lua
 	scan string
 	//go:embed read.lua
@@ -43,6 +45,7 @@ var (
 	Renew         = redis.NewScript(common + renew)
 	Release       = redis.NewScript(common + release)
 	RequestCancel = redis.NewScript(common + cancel)
+	Cancels       = redis.NewScript(cancels)
 	Scan          = redis.NewScript(scan)
 	Read          = redis.NewScript(read)
 	Forget        = redis.NewScript(forget)
