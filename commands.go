@@ -84,7 +84,9 @@ type submission struct {
 	lease      *lease
 	patience   context.Context
 	seen       <-chan struct{} // closed: the stream has shown the prompt
+	nudges     int             // of the number, for POSTs that were made before this submission
 	posts      int
+	doubtful   bool // one of them may have arrived
 	looked     bool // the pod has been asked, and did not have it
 }
 
@@ -97,7 +99,8 @@ type submitted struct {
 	promptID   string
 	clientID   string
 	number     float64
-	posts      int  // POSTs that were made; 0: it was found
+	posts      int  // POSTs that it took; 0: it was found
+	made       int  // POSTs that were made
 	answered   bool // the last of them was answered with a number
 	postedAt   time.Time
 	heard      int64 // frames that the stream had heard then
@@ -191,6 +194,7 @@ func (t *tracker) post(j *tracked) {
 	s := &submission{
 		t: t, rec: &rec, look: j.look, free: j.rec.Failure != nil && j.rec.Failure.Category == CategoryOutOfMemory,
 		inputs: j.inputs, secrets: j.secrets, number: j.number, lease: j.lease, patience: patience, seen: found,
+		nudges: j.posting.made + max(0, int(j.rec.Epoch)-1), // a former owner may have posted it too
 	}
 	s.lookOnly, s.inherited = j.look && j.rec.CancelRequested, j.inherited
 	if j.look {
@@ -238,6 +242,7 @@ func (t *tracker) submitted(jobID string, attempt int, j *tracked, r submitted) 
 	}()
 	j.posting.enough(nil)
 	j.posting.busy, j.posting.enough, j.posting.found = false, nil, nil
+	j.posting.made += r.made
 	if t.jobs[jobID] != j || j.lease == nil || j.concluded {
 		return
 	}
@@ -252,17 +257,24 @@ func (t *tracker) submitted(jobID string, attempt int, j *tracked, r submitted) 
 	case r.accepted:
 		t.contact(now)
 		t.accepted(j, r, now)
-	case r.stopped && j.rec.CancelRequested && j.look && !r.looked:
-		// Nobody knows yet whether the pod has it: postDue has that looked up.
+	case j.rec.Accepted:
+		t.lookBy(now) // the stream has shown it, whatever became of the last POST
 	case errors.Is(r.err, errUnconfirmed):
 		// Not posted, and no fault of the job: either there is another owner, or the store is away or has lost the record.
 		j.posting.at, j.look = now.Add(unconfirmedPause), true
 		t.lostLease(j)
-	case r.stopped:
-		if j.attempt.verdict == nil {
-			t.observe(j, obsVerdict{j.failure(CategoryCancelled, ErrCancelled)}, now)
-		}
+	case errors.Is(r.err, errCancelWanted):
+		j.rec.CancelRequested = true
+		t.wantCancel(j, now)
+	case r.stopped && j.attempt.verdict != nil:
 		j.left = true
+	case r.stopped && j.rec.CancelRequested && j.look && !r.looked:
+		// Nobody knows yet whether the pod has it: postDue has that looked up.
+	case r.stopped && j.rec.CancelRequested:
+		t.observe(j, obsVerdict{j.failure(CategoryCancelled, ErrCancelled)}, now)
+		j.left = true
+	case r.stopped:
+		// The lease was lost, and won again before the worker had noticed: drive has it looked for.
 	default:
 		if CategoryOf(r.err) == CategoryClosed {
 			return
@@ -346,10 +358,19 @@ func (j *tracked) stopPosting() {
 // unconfirmedPause is the time between two tries to post for a lease that the store does not confirm.
 const unconfirmedPause = time.Second
 
-var errNoMorePosts = errors.New("the job is not to be posted any more")
+var (
+	errNoMorePosts  = errors.New("the job is not to be posted any more")
+	errCancelWanted = errors.New("somebody has asked for the job's cancel")
+)
 
 // run brings the attempt onto the pod, or finds it there.
 func (s *submission) run(ctx context.Context) submitted {
+	result := s.bring(ctx)
+	result.made = s.posts
+	return result
+}
+
+func (s *submission) bring(ctx context.Context) submitted {
 	if s.look {
 		patience := s.patience
 		if s.lookOnly {
@@ -369,8 +390,11 @@ func (s *submission) run(ctx context.Context) submitted {
 			return submitted{err: s.blame(&Error{Category: CategoryUnknown, Err: ErrOutcomeUnknown})}
 		}
 	}
-	workflow, err := s.upload(ctx)
-	if err != nil {
+	workflow, err := s.upload()
+	switch {
+	case err != nil && s.patience.Err() != nil:
+		return s.over(ctx)
+	case err != nil:
 		return submitted{err: s.blame(err)}
 	}
 	if workflow != nil {
@@ -407,7 +431,12 @@ func (s *submission) over(ctx context.Context) submitted {
 
 // mayRepeat: what was fenced, and what may have been done once for a job that must not be done twice, is not repeated.
 func (s *submission) mayRepeat(err error) bool {
-	return !errors.Is(err, errUnconfirmed) && !errors.Is(err, ErrOutcomeUnknown) && !errors.Is(err, ErrPodGone)
+	for _, final := range []error{errUnconfirmed, errCancelWanted, ErrOutcomeUnknown, ErrPodGone} {
+		if errors.Is(err, final) {
+			return false
+		}
+	}
+	return true
 }
 
 // blame makes err an *Error of this attempt.
@@ -421,6 +450,16 @@ func (s *submission) blame(err error) *Error {
 func (s *submission) post(ctx context.Context) (submitted, error) {
 	if s.patience.Err() != nil {
 		return submitted{}, context.Cause(s.patience)
+	}
+	if s.doubtful { // what was not there when it was looked for may have come since
+		found, err := s.lookOnce(ctx)
+		if err != nil || found.accepted {
+			found.posts = s.posts + 1
+			return found, err
+		}
+	}
+	if s.lease.cancelWanted(ctx) {
+		return submitted{}, errCancelWanted
 	}
 	body, err := s.body()
 	if err != nil {
@@ -446,6 +485,7 @@ func (s *submission) post(ctx context.Context) (submitted, error) {
 		return submitted{}, err
 	}
 	s.t.counters.ambiguousPosts.Add(1)
+	s.doubtful = true
 	until := time.Now().Add(max(0, s.t.timing.Grace))
 	if answeredByPod(err) {
 		until = time.Time{}
@@ -537,7 +577,7 @@ func (s *submission) lookOnce(ctx context.Context) (submitted, error) {
 }
 
 // upload puts the job's files on the pod and returns the workflow with the names that the pod gave them; nil: it has none.
-func (s *submission) upload(ctx context.Context) (json.RawMessage, error) {
+func (s *submission) upload() (json.RawMessage, error) {
 	if len(s.inputs) == 0 {
 		return nil, nil
 	}
@@ -546,7 +586,7 @@ func (s *submission) upload(ctx context.Context) (json.RawMessage, error) {
 		return nil, err
 	}
 	for _, in := range s.inputs {
-		ref, err := s.uploadOne(ctx, in)
+		ref, err := s.uploadOne(in)
 		if err != nil {
 			return nil, fmt.Errorf("input %q of node %q: %w", in.input, in.node, err)
 		}
@@ -557,8 +597,9 @@ func (s *submission) upload(ctx context.Context) (json.RawMessage, error) {
 	return w.MarshalJSON()
 }
 
-func (s *submission) uploadOne(ctx context.Context, in inputFile) (ref FileRef, err error) {
-	err = s.t.retrier.do(s.patience, retryOp{op: "upload", jobID: s.rec.JobID}, func(context.Context, int) error {
+// uploadOne can be broken off at any moment, unlike a POST: half a file on the pod does nothing.
+func (s *submission) uploadOne(in inputFile) (ref FileRef, err error) {
+	err = s.t.retrier.do(s.patience, retryOp{op: "upload", jobID: s.rec.JobID}, func(ctx context.Context, _ int) error {
 		file, err := in.open(ctx)
 		if err != nil {
 			return &Error{Category: CategoryValidation, Err: fmt.Errorf("opening %q: %w", in.name, err)}
@@ -591,7 +632,7 @@ func (s *submission) body() ([]byte, error) {
 	if s.number != nil {
 		// An equal number under an equal id makes the pod compare graphs, which can stop its worker (server.md §1).
 		number := *s.number
-		for range s.posts {
+		for range s.nudges + s.posts {
 			number = math.Nextafter(number, math.Inf(1))
 		}
 		write("number", number)
@@ -920,8 +961,9 @@ type cancelState struct {
 	busy    bool
 	next    time.Time
 	tries   int
-	refused bool // it cannot be done without hitting another's job
-	touched bool // the pod has said that it took the prompt out or will stop it
+	refused bool      // it cannot be done without hitting another's job
+	touched bool      // the pod has said that it took the prompt out or will stop it
+	cleared time.Time // what a look that began before then says of copies is out of date
 }
 
 // cancelWaiter is one call of Job.Cancel. It hears of the job's end from the handle.
@@ -1081,9 +1123,9 @@ func (t *tracker) interruptRunning(ctx context.Context, promptID string, shape q
 	return t.endpoint.interrupt(ctx, promptID, confirm)
 }
 
-// removeDuplicate takes one pending copy of a prompt out of the queue; the next look shows whether there are more.
-func (t *tracker) removeDuplicate(j *tracked, promptID string) {
-	if j.cancel.busy {
+// removeDuplicate takes one pending copy of a prompt out of the queue; a look that began after that shows whether there are more.
+func (t *tracker) removeDuplicate(j *tracked, promptID string, looked time.Time) {
+	if j.cancel.busy || !looked.After(j.cancel.cleared) {
 		return
 	}
 	j.cancel.busy = true
@@ -1097,7 +1139,10 @@ func (t *tracker) removeDuplicate(j *tracked, promptID string) {
 			}
 			t.lookBy(now)
 			if j := t.jobs[id]; j != nil {
-				j.cancel.busy = false
+				j.cancel.busy, j.cancel.cleared = false, now
+				if err != nil && !neverSent(err) { // it may still come
+					j.cancel.cleared = now.Add(max(0, t.timing.Grace))
+				}
 				t.advance(j, now)
 			}
 		}

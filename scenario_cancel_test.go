@@ -1,8 +1,11 @@
 package comfyui_test
 
 import (
+	"context"
 	"fmt"
+	"io"
 	"net/http"
+	"sync"
 	"testing"
 	"time"
 
@@ -61,3 +64,92 @@ func TestS31OldPodCancelOfAJobThatHasJustEnded(t *testing.T) {
 		})
 	}
 }
+
+// Another process asks for the cancel of a job that waits for room: it is read before the POST, which is not made.
+func TestS31CancelIsReadBeforeThePost(t *testing.T) {
+	t.Parallel()
+	for _, id := range []bool{true, false} {
+		t.Run(fmt.Sprintf("its id was given=%t", id), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				store := comfyui.NewMemoryStore()
+				c := b.client(comfyui.WithStore(store), comfyui.WithMaxInFlight(1))
+				first, err := c.Submit(b.ctx, graphOf(t, "Work", 1))
+				require.NoError(t, err)
+				var opts []comfyui.JobOption
+				if id {
+					opts = append(opts, comfyui.WithJobID("the-job"))
+				}
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					r, err := c.Execute(b.ctx, graphOf(t, "Work", 2), opts...)
+					assert.ErrorIs(t, err, comfyui.ErrCancelled)
+					if assert.NotNil(t, r) {
+						assert.Equal(t, comfyui.StatusCancelled, r.Status)
+					}
+				})
+				time.Sleep(time.Second)
+				for rec, err := range store.Unfinished(b.ctx, "") {
+					require.NoError(t, err)
+					if rec.JobID != first.ID() {
+						_, err := store.RequestCancel(b.ctx, rec.JobID)
+						require.NoError(t, err)
+					}
+				}
+				wg.Wait()
+				assert.Equal(t, 1, b.pod.Requests("POST /prompt"))
+				_, err = first.Wait(b.ctx)
+				require.NoError(t, err)
+			})
+		})
+	}
+}
+
+// An upload that takes long is broken off by a cancel and by a limit.
+func TestS31S33EndDuringTheUpload(t *testing.T) {
+	t.Parallel()
+	for _, cancels := range []bool{true, false} {
+		t.Run(fmt.Sprintf("cancels=%t", cancels), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				c := b.client()
+				opts := []comfyui.JobOption{comfyui.WithJobID("the-job"), comfyui.WithInput("1", "image", "x.png", trickle)}
+				if !cancels {
+					opts = append(opts, comfyui.WithLimits(comfyui.Limits{Total: 5 * time.Second}))
+				}
+				var wg sync.WaitGroup
+				defer wg.Wait()
+				if cancels {
+					wg.Go(func() {
+						time.Sleep(5 * time.Second)
+						j, err := c.Attach(b.ctx, "the-job")
+						if assert.NoError(t, err) {
+							assert.NoError(t, j.Cancel(b.ctx))
+						}
+					})
+				}
+				start := time.Now()
+				r, err := c.Execute(b.ctx, parsed(t, `{"1":{"class_type":"Work","inputs":{"image":"x"}}}`), opts...)
+				assert.WithinDuration(t, start.Add(5*time.Second), time.Now(), 2*time.Second)
+				require.NotNil(t, r)
+				if cancels {
+					require.ErrorIs(t, err, comfyui.ErrCancelled)
+					assert.Equal(t, comfyui.StatusCancelled, r.Status)
+				} else {
+					assert.Equal(t, comfyui.CategoryTimeout, comfyui.CategoryOf(err), "%v", err)
+					assert.Equal(t, comfyui.StatusFailed, r.Status)
+				}
+				assert.Zero(t, b.pod.Requests("POST /prompt"))
+			})
+		})
+	}
+}
+
+// trickle is a file that comes at a byte a second, for an hour.
+func trickle(ctx context.Context) (io.ReadCloser, error) {
+	return io.NopCloser(io.LimitReader(slowReader{ctx}, 3600)), nil
+}
+
+type slowReader struct{ ctx context.Context }
+
+func (r slowReader) Read(p []byte) (int, error) { return 1, pause(r.ctx, time.Second) }

@@ -149,7 +149,7 @@ func TestS27FailedBeforeTheReply(t *testing.T) {
 					log.sane(t)
 					assert.Len(t, b.pod.Prompts(), 2)
 					b.untouched(r.PromptID)
-				}, comfyuitest.WithVersion(release), slowAnswer("/prompt", 10*time.Second),
+				}, comfyuitest.WithVersion(release), slowAnswer(http.MethodPost, "/prompt", 10*time.Second),
 					comfyuitest.WithNode("Fails", fails(1, "torch.OutOfMemoryError", "Allocation on device")))
 			})
 		}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math"
+	"net/http"
 	"strings"
 	"sync"
 	"testing"
@@ -744,7 +745,7 @@ func TestS25FastJob(t *testing.T) {
 	for _, tc := range []struct {
 		name string
 		opts []comfyuitest.Option
-	}{{"quick", nil}, {"quick and its answer late", []comfyuitest.Option{slowAnswer("/prompt", 5*time.Second)}}} {
+	}{{"quick", nil}, {"quick and its answer late", []comfyuitest.Option{slowAnswer(http.MethodPost, "/prompt", 5*time.Second)}}} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
 			everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, l line) {

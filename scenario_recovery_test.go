@@ -328,7 +328,7 @@ func TestS34KilledInEveryState(t *testing.T) {
 		"pending":             {class: "Work", busy: true, diesAt: 5 * time.Second, was: comfyui.StatusQueued, accepted: true},
 		"running":             {class: "Long", diesAt: 5 * time.Second, was: comfyui.StatusRunning, accepted: true},
 		"finished but unread": {class: "Long", diesAt: 59*time.Second + 990*time.Millisecond, was: comfyui.StatusRunning, accepted: true},
-		"retry waiting":       {class: "Memory", trigger: nil, diesAt: 1500 * time.Millisecond, was: comfyui.StatusPending, posts: 1},
+		"retry waiting":       {class: "Memory", trigger: nil, diesAt: 900 * time.Millisecond, was: comfyui.StatusPending, posts: 1},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -1319,6 +1319,31 @@ func TestS31CancelWhileItWaitsForRoom(t *testing.T) {
 		}
 		assert.Len(t, b.pod.Prompts(), 1)
 	}, comfyuitest.WithNode("Endless", comfyuitest.Steps(3600, time.Second)))
+}
+
+// A job is lost to another owner and won back while a POST of the first time still hangs: nobody has cancelled it.
+func TestS35WonBackUnderAHangingPost(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		c := b.client(comfyui.WithStore(store))
+		b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.Hang, Times: 1})
+		b.pod.Inject(comfyuitest.Fault{Route: "GET /queue", Effect: comfyuitest.Hang, Times: 1})
+		time.AfterFunc(5*time.Second, func() {
+			rec, err := store.Get(b.ctx, "the-job")
+			if assert.NoError(t, err) {
+				assert.NoError(t, store.Release(b.ctx, rec.Owner, []string{"the-job"}))
+				_, err = store.Claim(b.ctx, "the-job", "somebody", time.Second)
+				assert.NoError(t, err)
+			}
+		})
+		r, err := c.Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("the-job"))
+		succeeded(t, r, err)
+		b.ranOnce()
+		stored, err := store.Get(b.ctx, "the-job")
+		require.NoError(t, err)
+		assert.EqualValues(t, 3, stored.Epoch)
+	})
 }
 
 // A process that closes gives its jobs back: a follower drives them a moment later.

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -143,6 +144,62 @@ func TestS2PostAppearsAfterTheGracePeriod(t *testing.T) {
 	})
 }
 
+// What was not there through the grace period comes while the client waits for its next try: it is looked for once more before that.
+func TestS2PostAppearsBetweenTwoTries(t *testing.T) {
+	t.Parallel()
+	policy := comfyui.WithRetry(comfyui.CategoryUnavailable, comfyui.RetryPolicy{MaxAttempts: 3, InitialInterval: 20 * time.Second})
+	everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, _ line) {
+		b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.AnswerBefore, Status: 524, Delay: 15 * time.Second})
+		r, err := b.client(policy).Execute(b.ctx, graphOf(t, "Work", 1))
+		succeeded(t, r, err)
+		assert.Equal(t, 1, b.ranOnce().Posts)
+	})
+}
+
+// A prompt stands in the queue twice, and a look that has seen both is answered after one was taken out: the last copy stays.
+func TestS2CopiesInAnAnswerThatIsOutOfDate(t *testing.T) {
+	t.Parallel()
+	for _, by := range []time.Duration{0, 200 * time.Millisecond, 700 * time.Millisecond, time.Second, 2 * time.Second} {
+		t.Run(by.String(), func(t *testing.T) {
+			t.Parallel()
+			late := comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if r.Method == http.MethodPost && strings.HasSuffix(r.URL.Path, "/queue") {
+						_ = pause(r.Context(), 1500*time.Millisecond)
+					}
+					next.ServeHTTP(w, r)
+				})
+			})
+			bubble(t, func(b *bench) {
+				t := b.t
+				b.pod.RefuseStreams(http.StatusForbidden)
+				b.raw("Long", 1)
+				c := b.client()
+				others := make([]*comfyui.Job, 30)
+				for i := range others {
+					var err error
+					others[i], err = c.Submit(b.ctx, graphOf(t, "Work", 100+i))
+					require.NoError(t, err)
+				}
+				b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.AnswerBefore, Status: 524, Delay: 15 * time.Second})
+				var wg sync.WaitGroup
+				defer wg.Wait()
+				wg.Go(func() {
+					time.Sleep(10 * time.Second)
+					for _, j := range others { // each cancel has the client look at once
+						time.Sleep(500 * time.Millisecond)
+						wg.Go(func() { assert.NoError(t, j.Cancel(b.ctx)) })
+					}
+				})
+				r, err := c.Execute(b.ctx, graphOf(t, "Work", 2))
+				succeeded(t, r, err)
+				assert.EqualValues(t, 1, c.Stats().DuplicatesRemoved)
+				assert.Equal(t, 1, b.pod.Runs(r.PromptID))
+			}, late, slowAnswer(http.MethodGet, "/queue", by), comfyuitest.WithVersion("0.33.0"))
+		})
+	}
+}
+
 func TestS3PostThatNeverLeft(t *testing.T) {
 	t.Parallel()
 	t.Run("dial refused, then up", func(t *testing.T) {
@@ -264,6 +321,28 @@ func TestS5RepeatedPostNudgesTheNumber(t *testing.T) {
 		assert.Less(t, numbers[1], numbers[2])
 		assert.InDelta(t, -5, numbers[2], 1e-9, "by the least step")
 	}, spy)
+}
+
+// Nor by the next owner of a job, who cannot know whether the one before has posted it.
+func TestS5NextOwnerNudgesTheNumber(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		p := b.process(store, nth(1, "pod before POST /prompt"))
+		background(b, p, graphOf(t, "Long", 1), comfyui.WithJobID("the-job"), comfyui.WithNumber(-5))
+		time.Sleep(time.Second)
+		heir := b.client(comfyui.WithStore(store))
+		for _, err := range heir.Recover(b.ctx) {
+			require.NoError(t, err)
+		}
+		time.Sleep(20 * time.Second) // through the grace period
+		q, err := heir.Queue(b.ctx)
+		require.NoError(t, err)
+		require.Len(t, q.Running, 1)
+		assert.Greater(t, q.Running[0].Number, -5.0)
+		assert.InDelta(t, -5, q.Running[0].Number, 1e-9, "by the least step")
+		assert.Equal(t, 1, b.ranOnce().Posts)
+	})
 }
 
 const partlyValid = `{

@@ -201,11 +201,11 @@ func (j *journal) sane(t *testing.T) {
 	}
 }
 
-// slowAnswer makes the pod handle POSTs of a path at once and answer them later.
-func slowAnswer(path string, by time.Duration) comfyuitest.Option {
+// slowAnswer makes the pod handle requests of a path at once and answer them later.
+func slowAnswer(method, path string, by time.Duration) comfyuitest.Option {
 	return comfyuitest.WithHandler(func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if r.Method != http.MethodPost || !strings.HasSuffix(r.URL.Path, path) {
+			if r.Method != method || !strings.HasSuffix(r.URL.Path, path) {
 				next.ServeHTTP(w, r)
 				return
 			}

@@ -323,6 +323,7 @@ type tracked struct {
 
 type postingState struct {
 	queued, busy bool
+	made         int                     // POSTs of this attempt that were made
 	at           time.Time               // not before; zero: at once
 	streamBy     time.Time               // the stream is waited for until then
 	enough       context.CancelCauseFunc // makes the worker stop at the next safe point; nil: there is none
@@ -365,6 +366,7 @@ type lease struct {
 
 	mu   sync.Mutex
 	at   time.Time // when the request was sent that the store last confirmed
+	told time.Time // when the store last told whether a cancel is wanted
 	lost bool
 }
 
@@ -400,6 +402,30 @@ func (l *lease) confirm(ctx context.Context) error {
 	}
 	l.confirmed(now)
 	return nil
+}
+
+// freshIntent is how long what the store said of a cancel is good enough for a POST.
+const freshIntent = time.Second
+
+// cancelWanted asks the store, unless it has just told, whether somebody has asked for a cancel. A store that does not answer is no
+// reason not to post: the cancel is honoured when it does.
+func (l *lease) cancelWanted(ctx context.Context) bool {
+	l.mu.Lock()
+	told := l.told
+	l.mu.Unlock()
+	if time.Since(told) < freshIntent {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, max(l.t.timing.StoreWait, time.Second))
+	defer cancel()
+	rec, err := l.t.store.Get(ctx, l.jobID)
+	return err == nil && rec.CancelRequested
+}
+
+func (l *lease) toldIntent(at time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.told = at
 }
 
 func (l *lease) confirmed(at time.Time) {
@@ -470,7 +496,7 @@ func (t *tracker) join(a admission) *Job {
 
 // drive makes this client the job's driver.
 func (t *tracker) drive(j *tracked, a admission, now time.Time) {
-	j.lease = &lease{t: t, jobID: j.rec.JobID, at: a.confirmed}
+	j.lease = &lease{t: t, jobID: j.rec.JobID, at: a.confirmed, told: a.confirmed}
 	t.gauges.owned.Add(1)
 	j.look, j.claimedAt = !a.fresh, a.confirmed
 	j.inherited = j.rec.Epoch > 1 && !a.reopened
@@ -800,6 +826,7 @@ func (t *tracker) nextAttempt(j *tracked, err *Error, at, now time.Time) {
 		j.rec.Number = *j.number
 	}
 	j.write.dirty, j.write.urgent = true, true
+	j.posting.made = 0
 	j.look = j.inherited // a former owner may have been further than the store remembers
 	t.register(j)
 }
@@ -1306,9 +1333,9 @@ func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
 		return
 	}
 	if at.copies > 1 {
-		t.removeDuplicate(j, at.promptID)
+		t.removeDuplicate(j, at.promptID, r.started)
 	} else if at.stray != "" {
-		t.removeDuplicate(j, at.stray)
+		t.removeDuplicate(j, at.stray, r.started)
 	}
 	heardOf := j.rec.ClientID == t.opts.clientID
 	switch at.place {
@@ -1607,6 +1634,7 @@ func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
 		t.landed(j)
 		j.write.attempt = max(j.write.attempt, rec.Attempt)
 		j.rec.Epoch, j.rec.Rev = rec.Epoch, max(j.rec.Rev, rec.Rev)
+		j.lease.toldIntent(now)
 		if stored.CancelRequested && !j.rec.CancelRequested && !j.cancel.refused {
 			j.rec.CancelRequested = true
 			t.wantCancel(j, now)
