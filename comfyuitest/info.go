@@ -70,10 +70,13 @@ func (p *process) getSystemStats(*request) *answer {
 	if p.version.atLeast(0, 4, 0) {
 		system[0].value = "linux"
 	}
-	system = append(system,
-		field{"ram_total", podMemory}, field{"ram_free", podMemoryFree}, field{"comfyui_version", p.version.String()},
-		field{"required_frontend_version", "1.45.20"}, field{"installed_templates_version", nil},
-		field{"required_templates_version", "0.11.1"})
+	system = append(system, field{"ram_total", podMemory}, field{"ram_free", podMemoryFree}, field{"comfyui_version", p.version.String()})
+	if p.version.atLeast(0, 3, 46) {
+		system = append(system, field{"required_frontend_version", "1.45.20"})
+	}
+	if p.version.atLeast(0, 3, 61) {
+		system = append(system, field{"installed_templates_version", nil}, field{"required_templates_version", "0.11.1"})
+	}
 	if p.version.atLeast(0, 22, 0) {
 		system = append(system, field{"comfy_package_versions", []any{
 			object{{"name", "comfyui-frontend-package"}, {"installed", "1.45.20"}, {"required", "1.45.20"}},

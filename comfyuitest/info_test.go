@@ -157,3 +157,20 @@ func TestUserdata(t *testing.T) {
 		require.Equal(t, http.StatusNotFound, do(t, p, http.MethodDelete, "/userdata/moved.json", "").status)
 	})
 }
+
+// TestSystemStatsGrew: each release told more of itself.
+func TestSystemStatsGrew(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		version             string
+		frontend, templates bool
+	}{{"0.3.45", false, false}, {"0.3.46", true, false}, {"0.3.60", true, false}, {"0.3.61", true, true}} {
+		bubble(t, func(t *testing.T, p *Pod) {
+			system := at(t, get(t, p, "/system_stats"), "system").(object)
+			_, frontend := system.get("required_frontend_version")
+			_, templates := system.get("required_templates_version")
+			require.Equal(t, c.frontend, frontend, c.version)
+			require.Equal(t, c.templates, templates, c.version)
+		}, WithVersion(c.version))
+	}
+}

@@ -322,3 +322,22 @@ func TestHistoryRoute(t *testing.T) {
 		require.Empty(t, keys("/history"))
 	}, WithHistorySize(4), WithNode("Work", Node{Output: true}))
 }
+
+// TestHistoryBeforeThereWasAnOffset: until 0.3.60 the server did not look at it, so that what asks for the oldest gets the newest.
+func TestHistoryBeforeThereWasAnOffset(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		version string
+		first   string
+	}{{"0.3.59", "b"}, {"0.3.60", "a"}} {
+		bubble(t, func(t *testing.T, p *Pod) {
+			for _, n := range []string{"a", "b"} {
+				queue1(t, p, graphOf("1", "Work", object{{"n", n}}), "")
+				require.NoError(t, p.WaitIdle(t.Context()))
+			}
+			page := get(t, p, "/history?max_items=1&offset=0").(object)
+			require.Len(t, page, 1)
+			require.Equal(t, c.first, at(t, page[0].value, "prompt", 2, "1", "inputs", "n"))
+		}, WithVersion(c.version), WithNode("Work", Node{Output: true}))
+	}
+}

@@ -566,7 +566,7 @@ func (p *process) getHistory(r *request) *answer {
 		limit := int(whole)
 		maxItems = &limit
 	}
-	if text, given := r.param("offset"); given {
+	if text, given := r.param("offset"); given && p.version.atLeast(0, 3, 60) {
 		n, err := parseInt(text)
 		whole, small := n.(int64)
 		if err != nil || !small {
