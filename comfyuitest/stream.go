@@ -324,47 +324,56 @@ func (p *process) listen(s *stream) error {
 		if !p.loop.enter(p.ctx) {
 			return p.ctx.Err()
 		}
+		var to *stream
+		var reply *frame
 		switch op {
 		case opPing:
-			err = s.send(newFrame(opPong, payload))
+			to, reply = s, newFrame(opPong, payload)
 		case opText:
 			if first {
-				first = p.negotiate(s, payload)
+				to, first = p.negotiate(s, payload)
+				reply = textFrame("feature_flags", p.features())
 			}
 		case opClose:
 			p.hub.unregister(s)
 			err = errPeerClosed
 		}
 		p.loop.leave()
+		// Off the loop: a client that does not read holds up this handler alone.
+		if to != nil {
+			if failed := to.send(reply); to == s {
+				err = failed
+			}
+		}
 		if err != nil {
 			return err
 		}
 	}
 }
 
-// negotiate reads what may be the client's feature_flags; it returns whether the next message may still be. Only a JSON
-// object settles it, and on a socket that is no longer registered nothing does.
-func (p *process) negotiate(s *stream, payload []byte) (still bool) {
+// negotiate reads what may be the client's feature_flags; it returns the socket that gets the reply, nil for none, and whether
+// the next message may still be them. Only a JSON object settles it, and on a socket that is no longer registered nothing does.
+func (p *process) negotiate(s *stream, payload []byte) (to *stream, still bool) {
 	value, err := parseJSON(payload)
 	message, isObject := value.(object)
 	if err != nil || !isObject || !p.version.atLeast(0, 3, 45) {
-		return true
+		return nil, true
 	}
 	if kind, _ := message.get("type"); kind != "feature_flags" {
-		return false
+		return nil, false
 	}
 	flags, given := message.get("data")
 	if !given {
 		flags = object{}
 	}
 	if !p.hub.announce(s.sid, flags) {
-		return true
+		return nil, true
 	}
 	// The reply goes to whoever holds the sid, which on a displaced socket is another one.
-	for _, target := range p.hub.targets(envelope{sid: s.sid}) {
-		_ = target.send(textFrame("feature_flags", p.features()))
+	for _, holder := range p.hub.targets(envelope{sid: s.sid}) {
+		to = holder
 	}
-	return false
+	return to, false
 }
 
 // endStream is the end of a handler, by close frame, protocol error, or loss of the connection.

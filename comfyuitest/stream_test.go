@@ -303,6 +303,39 @@ func TestStalledClientStopsThePublishLoop(t *testing.T) {
 	}}))
 }
 
+// TestStalledClientHoldsUpNobodyElse: what it still sends is answered when it reads, but HTTP and other sockets' pings do not wait for it.
+func TestStalledClientHoldsUpNobodyElse(t *testing.T) {
+	t.Parallel()
+	for name, frame := range map[string]func(conn *websocket.Conn) error{
+		"ping": func(conn *websocket.Conn) error { return conn.WriteControl(websocket.PingMessage, nil, time.Time{}) },
+		"feature flags": func(conn *websocket.Conn) error {
+			return conn.WriteMessage(websocket.TextMessage, []byte(`{"type": "feature_flags"}`))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(t *testing.T, p *Pod) {
+				dialer := websocket.Dialer{NetDialContext: p.DialContext}
+				stalled, _, err := dialer.DialContext(t.Context(), "ws"+strings.TrimPrefix(p.URL(), "http")+"/ws?clientId=stalled", nil) //nolint:bodyclose // an upgrade has none
+				require.NoError(t, err)
+				queue1(t, p, graphOf("1", "Flood", nil), "stalled")
+				require.NoError(t, p.WaitIdle(t.Context()))
+				require.NoError(t, frame(stalled))
+				synctest.Wait()
+
+				other := dial(t, p, "other")
+				require.NoError(t, other.conn.WriteControl(websocket.PingMessage, nil, time.Time{}))
+				<-other.pongs
+				require.Equal(t, http.StatusOK, do(t, p, http.MethodGet, "/prompt", "").status)
+				require.NoError(t, stalled.Close())
+			}, WithNode("Flood", Node{Output: true, Run: func(_ context.Context, c *Call) error {
+				c.Send("flood", strings.Repeat("x", 8_000_000))
+				return nil
+			}}))
+		})
+	}
+}
+
 func TestFrozenLoop(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, p *Pod) {
