@@ -2,6 +2,7 @@ package comfyuitest
 
 import (
 	"encoding/json"
+	"fmt"
 	"maps"
 	"strings"
 	"sync"
@@ -54,6 +55,9 @@ func (p *Pod) Runs(promptID string) int {
 
 // Requests returns how many requests of a route came, those that a fault took too. The route is as in [Fault].
 func (p *Pod) Requests(route string) int {
+	if err := checkRoute(route); err != nil {
+		panic(fmt.Sprintf("comfyuitest: Requests: %v", err))
+	}
 	p.book.mu.Lock()
 	defer p.book.mu.Unlock()
 	total := 0

@@ -1,10 +1,14 @@
 package comfyuitest
 
 import (
+	"bufio"
 	"bytes"
 	"context"
+	"fmt"
 	"io"
+	"net"
 	"net/http"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,16 +24,19 @@ type Fault struct {
 	Skip   int // matching requests let through first
 	Times  int // then so many are hit; 0: one; negative: all
 	Effect Effect
-	Delay  time.Duration // for AnswerBefore and Slow
-	Status int           // for Answer, AnswerAfter and AnswerBefore; 0: 502
-	Header http.Header   // likewise
-	Body   string        // likewise
+	// Delay is how long the pod does not see the request (AnswerBefore, Slow), or how long the client waits for what it gets (all
+	// others but Hang).
+	Delay  time.Duration
+	Status int         // for Answer, AnswerAfter and AnswerBefore; 0: 502
+	Header http.Header // likewise
+	Body   string      // likewise
 }
 
 // Effect is what a [Fault] does.
 type Effect int
 
-// The effects. "The pod handles it" means that all its consequences come about.
+// The effects. "The pod handles it" means that all its consequences come about, also if the client has gone by then. A socket that
+// it opens for a client which does not hear of it is lost at once, but has displaced the one before.
 const (
 	Answer       Effect = iota // Status and Body; the pod never sees the request
 	AnswerAfter                // the pod handles it, its answer is replaced (a 524, a 500 that queued)
@@ -38,7 +45,7 @@ const (
 	DropAfter                  // the pod handles it, then the connection is reset: a lost reply
 	Hang                       // no answer until the client goes
 	Slow                       // handled after Delay
-	Truncate                   // half of the body, then a reset
+	Truncate                   // half of the body, or of a socket's first frames, then a reset
 )
 
 // CutMode is a way for a socket to end or to go wrong.
@@ -65,8 +72,12 @@ type activeFault struct {
 	skip, left int // left is negative for all
 }
 
-// Inject puts a fault in force; remove ends it.
+// Inject puts a fault in force; remove ends it. It panics if the fault makes no sense: a route that no request can match, for
+// instance, would let a test pass without its fault.
 func (p *Pod) Inject(f Fault) (remove func()) {
+	if err := f.check(); err != nil {
+		panic(fmt.Sprintf("comfyuitest: Inject: %v", err))
+	}
 	a := &activeFault{Fault: f, skip: f.Skip, left: f.Times}
 	if f.Times == 0 {
 		a.left = 1
@@ -79,6 +90,39 @@ func (p *Pod) Inject(f Fault) (remove func()) {
 		defer p.faults.mu.Unlock()
 		p.faults.active = slices.DeleteFunc(p.faults.active, func(other *activeFault) bool { return other == a })
 	}
+}
+
+func (f Fault) check() error {
+	switch {
+	case f.Effect < Answer || f.Effect > Truncate:
+		return fmt.Errorf("unknown effect %d", f.Effect)
+	case f.Skip < 0:
+		return fmt.Errorf("negative skip %d", f.Skip)
+	case f.Delay < 0:
+		return fmt.Errorf("negative delay %v", f.Delay)
+	case f.Status != 0:
+		if err := checkStatus(f.Status); err != nil {
+			return err
+		}
+	}
+	return checkRoute(f.Route)
+}
+
+// checkStatus: below 200 an answer is not over.
+func checkStatus(status int) error {
+	if status < http.StatusOK || status > 999 {
+		return fmt.Errorf("status %d is no final answer's", status)
+	}
+	return nil
+}
+
+var routePattern = regexp.MustCompile(`^(?:(?:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS)(?: /[^ ?#]*)?|/[^ ?#]*)?$`)
+
+func checkRoute(route string) error {
+	if !routePattern.MatchString(route) {
+		return fmt.Errorf("route %q: want a method, the beginning of a path, or both as in \"GET /history\", without a query", route)
+	}
+	return nil
 }
 
 // match returns the fault that hits a request. A request that a fault lets through because of Skip goes on to the next one.
@@ -140,27 +184,35 @@ func (p *Pod) faulty(next http.Handler) http.Handler {
 func (p *Pod) act(f Fault, next http.Handler, w http.ResponseWriter, r *http.Request) {
 	switch f.Effect {
 	case Answer:
+		f.wait(r)
 		f.answer(w)
 	case AnswerAfter:
 		next.ServeHTTP(newRecorder(), r)
+		f.wait(r)
 		f.answer(w)
 	case AnswerBefore:
 		p.answerBefore(f, next, w, r)
 	case Drop:
+		f.wait(r)
 		resetRequest(w)
 	case DropAfter:
 		next.ServeHTTP(newRecorder(), r)
+		f.wait(r)
 		resetRequest(w)
 	case Hang:
 		hang(r)
 		resetRequest(w)
 	case Slow:
-		if !wait(r.Context(), f.Delay) {
-			panic(http.ErrAbortHandler)
-		}
-		next.ServeHTTP(w, r)
+		p.slow(f, next, w, r)
 	case Truncate:
-		truncate(next, w, r)
+		f.truncate(next, w, r)
+	}
+}
+
+// wait lets the delay pass, or ends the request if nobody waits for it any more.
+func (f Fault) wait(r *http.Request) {
+	if !wait(r.Context(), f.Delay) {
+		panic(http.ErrAbortHandler)
 	}
 }
 
@@ -178,13 +230,7 @@ func (f Fault) answer(w http.ResponseWriter) {
 
 // answerBefore handles the request in the pod's own time: it no longer depends on the client.
 func (p *Pod) answerBefore(f Fault, next http.Handler, w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
-	if err != nil {
-		resetRequest(w)
-		return
-	}
-	later := r.Clone(context.WithValue(p.life, processKey{}, (*process)(nil)))
-	later.Body = io.NopCloser(bytes.NewReader(body))
+	held := hold(context.WithValue(p.life, processKey{}, (*process)(nil)), w, r)
 	p.tasks.start(func() {
 		if wait(p.life, f.Delay) {
 			defer func() {
@@ -192,10 +238,35 @@ func (p *Pod) answerBefore(f Fault, next http.Handler, w http.ResponseWriter, r 
 					panic(cause)
 				}
 			}()
-			next.ServeHTTP(newRecorder(), later)
+			next.ServeHTTP(newRecorder(), held)
 		}
 	})
 	f.answer(w)
+}
+
+// slow is a proxy that holds the request: it reaches the pod even if its client gives it up meanwhile, unless the process ends.
+func (p *Pod) slow(f Fault, next http.Handler, w http.ResponseWriter, r *http.Request) {
+	held := hold(context.WithoutCancel(r.Context()), w, r)
+	life := p.life
+	if proc := p.processOf(r); proc != nil {
+		life = proc.ctx
+	}
+	if !wait(life, f.Delay) {
+		panic(http.ErrAbortHandler)
+	}
+	next.ServeHTTP(w, held)
+}
+
+// hold takes the whole request, so that ctx alone decides how long it lives.
+func hold(ctx context.Context, w http.ResponseWriter, r *http.Request) *http.Request {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		resetRequest(w)
+		panic(http.ErrAbortHandler)
+	}
+	held := r.Clone(ctx)
+	held.Body = io.NopCloser(bytes.NewReader(body))
+	return held
 }
 
 // hang waits for the client to go, or for the process to end.
@@ -205,17 +276,35 @@ func hang(r *http.Request) {
 }
 
 // truncate lets half of the answer's body through.
-func truncate(next http.Handler, w http.ResponseWriter, r *http.Request) {
+func (f Fault) truncate(next http.Handler, w http.ResponseWriter, r *http.Request) {
 	rec := newRecorder()
 	next.ServeHTTP(rec, r)
+	if rec.socket != nil {
+		f.truncateSocket(rec.sent(), w, r)
+		return
+	}
 	for name, values := range rec.header {
 		w.Header()[name] = values
 	}
-	w.Header().Set("Content-Length", strconv.Itoa(rec.body.Len()))
+	w.Header().Set("Content-Length", strconv.Itoa(max(rec.body.Len(), 1))) // an empty body is cut short too
 	w.WriteHeader(rec.status)
 	_, _ = w.Write(rec.body.Bytes()[:rec.body.Len()/2])
 	_ = http.NewResponseController(w).Flush()
+	f.wait(r)
 	resetRequest(w)
+}
+
+// truncateSocket lets the handshake and half of what came with it through.
+func (f Fault) truncateSocket(sent []byte, w http.ResponseWriter, r *http.Request) {
+	conn, _, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	defer resetConn(conn)
+	const endOfHeader = "\r\n\r\n"
+	handshake := bytes.Index(sent, []byte(endOfHeader)) + len(endOfHeader)
+	_, _ = conn.Write(sent[:handshake+(len(sent)-handshake)/2]) // the client may be gone
+	f.wait(r)
 }
 
 // resetRequest ends the request's connection with a RST.
@@ -248,6 +337,7 @@ type recorder struct {
 	header http.Header
 	status int
 	body   bytes.Buffer
+	socket net.Conn // the client's end, if the pod made a socket of it
 }
 
 func newRecorder() *recorder { return &recorder{header: http.Header{}, status: http.StatusOK} }
@@ -255,3 +345,17 @@ func newRecorder() *recorder { return &recorder{header: http.Header{}, status: h
 func (r *recorder) Header() http.Header         { return r.header }
 func (r *recorder) WriteHeader(status int)      { r.status = status }
 func (r *recorder) Write(p []byte) (int, error) { return r.body.Write(p) }
+
+// Hijack gives a socket whose client has gone.
+func (r *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	client, pod := newPipe(pipeAddress)
+	client.out.closeWriter(io.EOF)
+	r.socket = client
+	return pod, bufio.NewReadWriter(bufio.NewReader(pod), bufio.NewWriter(pod)), nil
+}
+
+// sent is what the pod wrote to the socket until it saw that the client has gone.
+func (r *recorder) sent() []byte {
+	sent, _ := io.ReadAll(r.socket) // from memory, and closed
+	return sent
+}

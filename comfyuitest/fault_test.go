@@ -3,6 +3,7 @@ package comfyuitest
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -73,6 +74,183 @@ func TestFaultEffects(t *testing.T) {
 				require.Equal(t, http.StatusOK, do(t, p, http.MethodPost, "/prompt", body).status, "used up")
 			}, WithNode("Work", Node{Output: true}))
 		})
+	}
+}
+
+// TestEveryEffectOnEveryRoute: over sockets and pipes, what the client gets, and whether the pod handled it.
+func TestEveryEffectOnEveryRoute(t *testing.T) {
+	t.Parallel()
+	for _, pipes := range []bool{true, false} {
+		for _, route := range faultRoutes {
+			for effect, want := range map[Effect]struct{ answered, reset, handled bool }{
+				Answer:       {answered: true},
+				AnswerAfter:  {answered: true, handled: true},
+				AnswerBefore: {answered: true, handled: true},
+				Drop:         {reset: true},
+				DropAfter:    {reset: true, handled: true},
+				Hang:         {},
+				Slow:         {handled: true},
+				Truncate:     {reset: true, handled: true},
+			} {
+				t.Run(fmt.Sprintf("pipes %v, %s %s, effect %d", pipes, route.method, route.path, effect), func(t *testing.T) {
+					t.Parallel()
+					opts := []Option{WithNode("Work", Node{Output: true})}
+					if pipes {
+						opts = append(opts, WithPipes())
+					}
+					p := Start(t, opts...)
+					old := dial(t, p, "me")
+					old.until("status")
+					path, _, _ := strings.Cut(route.path, "?")
+					p.Inject(Fault{Route: route.method + " " + path, Effect: effect, Status: 418})
+					ctx, cancel := context.WithCancel(t.Context())
+					defer cancel()
+					if effect == Hang {
+						time.AfterFunc(10*time.Millisecond, cancel)
+					}
+					req, err := http.NewRequestWithContext(ctx, route.method, p.URL()+route.path, strings.NewReader(route.body))
+					require.NoError(t, err)
+					for name, value := range route.header {
+						req.Header.Set(name, value)
+					}
+					status, err := roundTrip(p, req)
+					require.Equal(t, want.answered, status == 418, "status %d, %v", status, err)
+					require.Equal(t, want.reset, errors.Is(err, syscall.ECONNRESET), "status %d, %v", status, err)
+					require.Equal(t, effect == Hang, errors.Is(err, context.Canceled), "status %d, %v", status, err)
+					if route.handled != nil {
+						require.Eventually(t, func() bool { return route.handled(p) == want.handled }, 10*time.Second, time.Millisecond)
+					}
+				})
+			}
+		}
+	}
+}
+
+// faultRoutes are routes of every kind, and how to tell that the pod handled a request; nil for those that change nothing.
+var faultRoutes = []struct {
+	method, path, body string
+	header             map[string]string
+	handled            func(p *Pod) bool
+}{
+	{"POST", "/api/prompt", `{"prompt": {"1": {"class_type": "Work", "inputs": {}}}}`, nil, func(p *Pod) bool { return len(p.Prompts()) == 1 }},
+	{"POST", "/userdata/x", `content`, nil, func(p *Pod) bool { return len(p.files.all(kindUser)) == 1 }},
+	{"PATCH", "/internal/logs/subscribe", `{"clientId": "me", "enabled": true}`, nil, func(p *Pod) bool {
+		logs := p.current().logs
+		logs.mu.Lock()
+		defer logs.mu.Unlock()
+		return len(logs.subscribers) == 1
+	}},
+	{"GET", "/api/object_info", "", nil, nil},
+	{"GET", "/api/jobs", "", nil, nil},
+	{"GET", "/history/x", "", nil, nil},
+	{"GET", "/ws?clientId=me", "", map[string]string{
+		"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA==",
+	}, func(p *Pod) bool {
+		// The socket that was there before no longer hears.
+		hub := p.current().hub
+		hub.mu.Lock()
+		defer hub.mu.Unlock()
+		at := hub.find("me")
+		return at < 0 || len(hub.open) > 1
+	}},
+}
+
+// roundTrip sends a request on a connection of its own, so that net/http repeats nothing, and reads its answer, or a socket's first
+// frames.
+func roundTrip(p *Pod, req *http.Request) (status int, err error) {
+	transport := &http.Transport{DialContext: p.DialContext, DisableKeepAlives: true}
+	defer transport.CloseIdleConnections()
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return 0, err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode == http.StatusSwitchingProtocols {
+		_, err = io.ReadFull(resp.Body, make([]byte, 60))
+		return resp.StatusCode, err
+	}
+	_, err = io.ReadAll(resp.Body)
+	return resp.StatusCode, err
+}
+
+func TestFaultDelay(t *testing.T) {
+	t.Parallel()
+	for effect := Answer; effect <= Truncate; effect++ {
+		if effect == Hang {
+			continue
+		}
+		t.Run(fmt.Sprint(effect), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(t *testing.T, p *Pod) {
+				p.Inject(Fault{Route: "POST /prompt", Effect: effect, Delay: 100 * time.Second})
+				began := time.Now()
+				answered := make(chan time.Duration, 1)
+				go func() {
+					_, _ = try(p, http.MethodPost, "/prompt", `{"prompt": `+graphOf("1", "Work", nil)+`}`)
+					answered <- time.Since(began)
+				}()
+				synctest.Wait()
+				queued := effect == AnswerAfter || effect == DropAfter || effect == Truncate
+				require.Equal(t, queued, len(p.Prompts()) == 1, "seen at once")
+				if effect == AnswerBefore {
+					require.Zero(t, <-answered)
+				} else {
+					require.Equal(t, 100*time.Second, <-answered)
+				}
+				time.Sleep(101 * time.Second)
+				require.Equal(t, effect != Answer && effect != Drop, len(p.Prompts()) == 1)
+			}, WithNode("Work", Node{Output: true}))
+		})
+	}
+}
+
+// TestSlowOutlivesItsClient: a proxy that holds a request sends it on, whether or not somebody still waits.
+func TestSlowOutlivesItsClient(t *testing.T) {
+	t.Parallel()
+	for _, body := range []string{"", `{"prompt_id": ""}`} {
+		gated(t, true, func(t *testing.T, p *Pod, g *gate) {
+			id := queue1(t, p, graphOf("1", "Gate", nil), "")
+			<-g.entered
+			p.Inject(Fault{Route: "POST /interrupt", Effect: Slow, Delay: time.Minute})
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			req, err := http.NewRequestWithContext(ctx, http.MethodPost, p.URL()+"/interrupt", strings.NewReader(body))
+			require.NoError(t, err)
+			_, err = p.Client().Do(req) //nolint:bodyclose // there is none
+			require.ErrorIs(t, err, context.DeadlineExceeded)
+			time.Sleep(2 * time.Minute)
+			g.pass <- struct{}{}
+			require.NoError(t, p.WaitIdle(t.Context()))
+			require.Equal(t, Prompt{ID: id, Posts: 1, Runs: 1, Interrupts: 1}, counts(p.Prompts()[0]))
+		})
+	}
+}
+
+func TestBadFault(t *testing.T) {
+	t.Parallel()
+	p := Start(t)
+	for _, f := range []Fault{
+		{Route: "prompt"},
+		{Route: "POST prompt"},
+		{Route: "post /prompt"},
+		{Route: "POST  /prompt"},
+		{Route: "POST /prompt "},
+		{Route: "GET /history?max_items=1"},
+		{Route: "http://127.0.0.1/prompt"},
+		{Effect: -1},
+		{Effect: Truncate + 1},
+		{Skip: -1},
+		{Delay: -time.Second},
+		{Status: 99},
+		{Status: 101},
+		{Status: 1000},
+	} {
+		require.Panics(t, func() { p.Inject(f) }, "%+v", f)
+	}
+	require.Panics(t, func() { p.Requests("prompt") })
+	for _, route := range []string{"", "POST", "/prompt", "POST /prompt", "GET /api/userdata/a%2Fb.json", "DELETE /"} {
+		p.Inject(Fault{Route: route})()
+		require.Zero(t, p.Requests(route))
 	}
 }
 

@@ -180,18 +180,24 @@ func (r *route) match(segments []string) (map[string]string, bool) {
 	return vars, true
 }
 
-// dispatch hands a request to the process that accepted its connection, or, if a proxy held it, to the one of the moment.
+// dispatch hands a request to its process.
 func (p *Pod) dispatch(w http.ResponseWriter, r *http.Request) {
-	proc, _ := r.Context().Value(processKey{}).(*process)
-	if proc == nil {
-		if proc = p.current(); proc != nil {
-			r = r.WithContext(proc.ctx)
-		}
-	}
+	proc := p.processOf(r)
 	if proc == nil || proc.ctx.Err() != nil {
 		panic(http.ErrAbortHandler)
 	}
+	if r.Context().Value(processKey{}) != proc {
+		r = r.WithContext(proc.ctx)
+	}
 	proc.serve(w, r)
+}
+
+// processOf is the process that accepted a request's connection, or, if a proxy held the request, the one of the moment; nil for none.
+func (p *Pod) processOf(r *http.Request) *process {
+	if proc, _ := r.Context().Value(processKey{}).(*process); proc != nil {
+		return proc
+	}
+	return p.current()
 }
 
 func (p *process) serve(w http.ResponseWriter, r *http.Request) {
