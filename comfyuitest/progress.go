@@ -94,7 +94,11 @@ func (r *run) sendProgressState() {
 		payload = append(append(payload, `", `...), entry.tail...)
 	}
 	payload = append(payload, `}}}`...)
-	r.process.hub.send(r.client, newFrame(opText, payload))
+	to := r.client
+	if !r.process.version.atLeast(0, 3, 58) {
+		to = client{} // everyone (C#9706)
+	}
+	r.process.hub.send(to, newFrame(opText, payload))
 }
 
 func (r *run) sendBinary(f *frame) {

@@ -456,6 +456,26 @@ func TestNoClientID(t *testing.T) {
 	}}))
 }
 
+// TestProgressStateCrossesOver: until 0.3.58 everyone heard it, whoever the job's client was.
+func TestProgressStateCrossesOver(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		version string
+		heard   []string
+	}{
+		{"0.3.57", []string{"status", "status", "status", "progress_state", "progress_state", "progress_state", "status"}},
+		{"0.3.58", []string{"status", "status", "status", "status"}},
+	} {
+		bubble(t, func(t *testing.T, p *Pod) {
+			bystander := dial(t, p, "bystander")
+			queue1(t, p, graphOf("1", "Work", nil), "me")
+			require.NoError(t, p.WaitIdle(t.Context()))
+			synctest.Wait()
+			require.Equal(t, c.heard, bystander.pending(), c.version)
+		}, WithVersion(c.version), WithNode("Work", Steps(1, 0)))
+	}
+}
+
 func TestThrottledProgress(t *testing.T) {
 	t.Parallel()
 	work := Node{Output: true, Run: func(ctx context.Context, c *Call) error {
