@@ -25,13 +25,19 @@ func addInfoRoutes(t *routeTable, v version) {
 	t.add(onlyBare, "PATCH", "/internal/logs/subscribe", (*process).patchLogs)
 	t.add(onlyBare, "GET", "/internal/folder_paths", (*process).getFolderPaths)
 	t.add(onlyBare, "GET", "/internal/files/{kind}", (*process).getFiles)
-	if v.atLeast(0, 9, 0) {
+	switch {
+	case v.atLeast(0, 17, 0):
 		for _, method := range []string{"GET", "POST"} {
 			t.add(onlyAPI, method, "/assets", (*process).noAssets)
 		}
 		for _, method := range []string{"GET", "PUT", "DELETE"} {
 			t.add(onlyAPI, method, "/assets/{id}", (*process).noAssets)
 		}
+	case v.atLeast(0, 9, 0):
+		// On without a flag. Of the rest of its routes a pod without models needs none.
+		t.add(onlyAPI, "GET", "/assets", func(*process, *request) *answer {
+			return jsonAnswer(object{{"assets", []any{}}, {"total", 0}, {"has_more", false}})
+		})
 	}
 	addUserRoutes(t)
 }

@@ -174,3 +174,20 @@ func TestSystemStatsGrew(t *testing.T) {
 		}, WithVersion(c.version))
 	}
 }
+
+// TestAssets: they came without a flag, and got one with 0.17.0.
+func TestAssets(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		version string
+		status  int
+	}{{"0.8.2", 404}, {"0.9.0", 200}, {"0.16.4", 200}, {"0.17.0", 503}} {
+		bubble(t, func(t *testing.T, p *Pod) {
+			r := do(t, p, http.MethodGet, "/api/assets", "")
+			require.Equal(t, c.status, r.status, c.version)
+			if c.status == http.StatusOK {
+				require.Equal(t, `{"assets": [], "total": 0, "has_more": false}`, string(r.body))
+			}
+		}, WithVersion(c.version))
+	}
+}

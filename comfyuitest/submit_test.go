@@ -231,3 +231,17 @@ func TestClientIDThatKillsTheServer(t *testing.T) {
 		}, WithNode("Work", Node{Output: true}))
 	}
 }
+
+// TestIncompleteNodes: from 0.14.0 to 0.15.0 the search for replaced nodes stumbled over them.
+func TestIncompleteNodes(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		version string
+		status  int
+	}{{"0.13.0", 400}, {"0.14.0", 500}, {"0.15.0", 500}, {"0.15.1", 400}} {
+		bubble(t, func(t *testing.T, p *Pod) {
+			require.Equal(t, c.status, submit(t, p, `{"1": {"inputs": {}}}`, "", "").status, c.version)
+			require.Equal(t, c.status, submit(t, p, `{"1": {"class_type": "SaveImage"}}`, "", "").status, c.version)
+		}, WithVersion(c.version))
+	}
+}

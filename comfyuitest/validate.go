@@ -102,10 +102,11 @@ func refuse(typ, message, details string, extra object, nodeErrors map[string]an
 
 // findOutputs looks at the classes of all nodes, and returns the outputs that are wanted.
 func (p *validator) findOutputs(targets []string, hasTargets bool) ([]string, *refusal) {
-	// Since 0.14.0 replaced nodes are looked for first, and that takes every node for an object with an object of inputs.
+	// Since 0.14.0 replaced nodes are looked for first, and that takes every node for an object with an object of inputs. Those
+	// without a class or inputs are left out since 0.15.1.
 	if p.version.atLeast(0, 14, 0) {
 		for _, id := range p.graph.order {
-			if !p.graph.nodes[id].replaceable() {
+			if !p.graph.nodes[id].replaceable(p.version.atLeast(0, 15, 1)) {
 				return nil, serverError
 			}
 		}
@@ -127,14 +128,14 @@ func (p *validator) findOutputs(targets []string, hasTargets bool) ([]string, *r
 	return outputs, nil
 }
 
-func (n *graphNode) replaceable() bool {
+func (n *graphNode) replaceable(skipsBroken bool) bool {
 	if _, isObject := n.value.(object); !isObject {
 		return false
 	}
 	class, hasClass := n.fields().get("class_type")
 	_, hasInputs := n.fields().get("inputs")
 	if !hasClass || !hasInputs {
-		return true
+		return skipsBroken
 	}
 	_, isObject := n.inputFields()
 	return isObject && hashable(class)
