@@ -173,7 +173,8 @@ func (o *options) parseBase(baseURL string) error {
 	return nil
 }
 
-// WithPodName sets the pod's name in records, errors, hooks and a Pool. The default is the base URL without userinfo and query.
+// WithPodName sets the pod's name in records, errors and hooks. The default is the base URL without userinfo and query. Recover
+// finds a job by it: it must differ from pod to pod, and stay the same when the URL changes.
 func WithPodName(name string) Option { return func(o *options) { o.name = name } }
 
 // WithHTTPClient sets the HTTP client. It is copied: redirects are the library's own business, and its Timeout is not applied
@@ -240,8 +241,9 @@ func WithLogger(l *slog.Logger) Option {
 // WithHooks sets the hooks; see Hooks.
 func WithHooks(h Hooks) Option { return func(o *options) { o.hooks = h } }
 
-// Timing bounds every wait of a PodClient. A zero field keeps its default, a negative one switches the thing off where that
-// makes sense.
+// Timing bounds every wait of a PodClient. A zero field keeps its default. A negative one switches BodyIdle, Ping,
+// PollStreaming or Gone off, and makes of StreamWait, Grace, Settle, StoreWait or ProgressWrite no wait at all; the others must
+// not be negative.
 type Timing struct {
 	Connect       time.Duration // 10s   TCP + TLS + WebSocket handshake
 	Request       time.Duration // 60s   one call, to the end of a small body; a download, to its headers
@@ -254,7 +256,7 @@ type Timing struct {
 	PollStreaming time.Duration // 15s   reconcile period while it is up
 	Grace         time.Duration // 10s   an unanswered POST is looked for so long; also between the two looks that make a job lost
 	Settle        time.Duration // 10s   ended by the stream, /history still {}: waited so long, then the stream's outputs stand
-	Gone          time.Duration // 10m   pod unreachable so long: its jobs end with ErrPodGone; negative: never
+	Gone          time.Duration // 10m   pod unreachable so long: its jobs end with ErrPodGone
 	Cancel        time.Duration // 30s   a cancel that has no ctx of its own (CancelWithContext, Limits) is tried so long
 	Lease         time.Duration // 30s   renewed at a third
 	StoreWait     time.Duration // 1s    Wait holds a known end back at most so long for its record to land
@@ -306,17 +308,18 @@ type RetryInfo struct {
 
 // Stats is a snapshot; counters are since NewPodClient.
 type Stats struct {
-	Following                              int // jobs followed now
-	Owned                                  int // of these, driven by this client
-	Stream                                 StreamState
-	Submitted, Joined, Recovered           int64
-	Succeeded, Failed, Cancelled           int64
+	Following int // jobs followed now
+	Owned     int // of these, driven by this client
+	Stream    StreamState
+
+	Submitted, Joined, Recovered           int64 // jobs made; known ids that were asked for again; jobs taken over
+	Succeeded, Failed, Cancelled           int64 // ends of jobs that this client drove
 	Attempts                               int64 // POSTs that opened a new attempt
-	AmbiguousPosts, DuplicatesRemoved      int64
-	Calls, CallErrors, Retries             int64
-	Dials, DialErrors, Deaf                int64
-	Frames, FrameBytes, FramesSkipped      int64
-	StoreWrites, StoreErrors, StorePending int64 // StorePending: records that wait for the store now
+	AmbiguousPosts, DuplicatesRemoved      int64 // POSTs whose answer proved nothing; second copies taken off the pod
+	Calls, CallErrors, Retries             int64 // HTTP requests; those that failed; waits before another try or attempt
+	Dials, DialErrors, Deaf                int64 // of the WebSocket; connections that were replaced because they were deaf
+	Frames, FrameBytes, FramesSkipped      int64 // received; in bytes; other clients' and unreadable ones
+	StoreWrites, StoreErrors, StorePending int64 // records written; failed calls; records that wait for the store now
 }
 
 // counters are the running totals behind Stats.

@@ -33,7 +33,7 @@ const (
 	StreamIdle       StreamState = "idle" // not needed: no job is followed
 	StreamConnecting StreamState = "connecting"
 	StreamUp         StreamState = "up"
-	StreamDeaf       StreamState = "deaf" // connected, but the pod sends nothing there (server.md §3.1)
+	StreamDeaf       StreamState = "deaf" // connected, but the pod sends nothing there: issue 16010 of ComfyUI
 	StreamDown       StreamState = "down"
 )
 

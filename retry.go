@@ -21,8 +21,7 @@ import (
 // 0: no bound but ctx. A zero InitialInterval, MaxInterval or Multiplier stands for 500ms, 30s and 2.
 //
 // Policies apply to calls (network, timeout, unavailable, overloaded, protocol, storage) and to new attempts of a job (lost: 2
-// in all; out_of_memory: 2, after /free; pod_fault, interrupted, execution, missing_asset: 1, but a Pool may move pod_fault and
-// missing_asset to another pod).
+// in all; out_of_memory: 2, after /free; pod_fault, interrupted, execution, missing_asset: 1).
 type RetryPolicy struct {
 	MaxAttempts                              int
 	InitialInterval, MaxInterval, MaxElapsed time.Duration
