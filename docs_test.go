@@ -8,6 +8,7 @@ import (
 	"go/parser"
 	"go/token"
 	"go/types"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -27,10 +28,20 @@ import (
 // documents are the pages for users.
 func documents(t *testing.T) []string {
 	t.Helper()
-	pages, err := filepath.Glob("docs/*.md")
-	require.NoError(t, err)
-	require.NotEmpty(t, pages)
-	return append(pages, "README.md", "CHANGELOG.md")
+	var pages []string
+	require.NoError(t, filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && (d.Name() == "testdata" || d.Name() == ".git"):
+			return filepath.SkipDir
+		case filepath.Ext(path) == ".md":
+			pages = append(pages, path)
+		}
+		return nil
+	}))
+	require.Subset(t, pages, []string{"README.md", "CHANGELOG.md", "docs/usage.md", "docs/recovery.md", "examples/jobrunner/README.md"})
+	return pages
 }
 
 func readText(t *testing.T, path string) string {
@@ -287,6 +298,61 @@ func allCategories(t *testing.T) []string {
 		}
 	}
 	return all
+}
+
+var documentedName = regexp.MustCompile("`(?:comfyui\\.|comfyuitest\\.|pod\\.|client\\.)?([A-Z][A-Za-z]*[a-z][A-Za-z]*)(?:\\([^`]*\\))?(?:\\.([A-Z][A-Za-z]+))?")
+
+// What the documents name exists.
+func TestDocumentedNames(t *testing.T) {
+	t.Parallel()
+	names := map[string]bool{}
+	for _, path := range []string{module, module + "/comfyuitest", module + "/comfyuitest/storetest"} {
+		p, err := newExports(t).Import(path)
+		require.NoError(t, err)
+		for _, name := range p.Scope().Names() {
+			names[name] = true
+			addMembers(names, p.Scope().Lookup(name))
+		}
+	}
+	for _, elsewhere := range []string{
+		"LoadImage", "SaveImage", "PreviewImage", "KSampler", "Upgrade", "Connection", "Origin", // nodes of ComfyUI, headers
+		"OutOfMemoryError", "MemoryError", "AcceleratorError", "FileNotFoundError", "ModuleNotFoundError", "ImportError", "SafetensorError", // exceptions
+		"ReadTimeout", "WriteTimeout", "Maximum", // of go-redis; the first word of a message
+	} {
+		names[elsewhere] = true
+	}
+	found := 0
+	for _, page := range documents(t) {
+		for _, m := range documentedName.FindAllStringSubmatch(fence.ReplaceAllString(readText(t, page), ""), -1) {
+			for _, name := range m[1:] {
+				if found++; name != "" {
+					assert.True(t, names[name], "%s: %s: there is no %s", page, m[0], name)
+				}
+			}
+		}
+	}
+	assert.Greater(t, found, 300)
+}
+
+// addMembers adds the exported fields and methods of a type.
+func addMembers(names map[string]bool, object types.Object) {
+	named, ok := object.Type().(*types.Named)
+	if _, isType := object.(*types.TypeName); !ok || !isType {
+		return
+	}
+	for method := range types.NewMethodSet(types.NewPointer(named)).Methods() {
+		names[method.Obj().Name()] = true
+	}
+	switch under := named.Underlying().(type) {
+	case *types.Struct:
+		for field := range under.Fields() {
+			names[field.Name()] = true
+		}
+	case *types.Interface:
+		for method := range under.Methods() {
+			names[method.Name()] = true
+		}
+	}
 }
 
 var (

@@ -280,7 +280,11 @@ func (p *program) cancel(ctx context.Context, job *comfyui.Job) error {
 	p.screen.say("cancelling job %s on the pod; Ctrl-C again quits at once", job.ID())
 	ctx, stop := context.WithTimeout(context.WithoutCancel(ctx), cancelTime)
 	defer stop()
-	if err := job.Cancel(ctx); err != nil {
+	switch err := job.Cancel(ctx); {
+	case err == nil:
+	case ctx.Err() != nil:
+		return fmt.Errorf("%w; the pod has not confirmed the cancel in %s, and job %s may go on there", errInterrupted, cancelTime, job.ID())
+	default:
 		return fmt.Errorf("%w; job %s may go on on the pod: %w", errInterrupted, job.ID(), reason(err))
 	}
 	result, err := job.Wait(ctx)
