@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -197,6 +198,28 @@ func TestS15HalfOpen(t *testing.T) {
 		assert.Greater(t, j.Progress().Step, before)
 		require.NoError(t, j.Cancel(b.ctx))
 	}, comfyuitest.WithNode("Hours", comfyuitest.Steps(3600, time.Second)))
+}
+
+// A pod that is back is heard again at once: the stream does not sit out a pause that it took while nothing was there.
+func TestS15StreamComesBackWithThePod(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		c := b.client(comfyui.WithTiming(comfyui.Timing{ReconnectMin: 10 * time.Minute, ReconnectMax: 10 * time.Minute}))
+		var rec journal
+		j, err := c.Submit(b.ctx, graphOf(t, "Long", 1), rec.option())
+		require.NoError(t, err)
+		time.Sleep(5 * time.Second)
+		const down = 2 * time.Minute
+		b.pod.Restart(down)
+		back := time.Now().Add(down)
+		r, err := j.Wait(b.ctx)
+		succeeded(t, r, err)
+		assert.Equal(t, 2, r.Attempt)
+		ups := slices.DeleteFunc(rec.of(comfyui.EventStream), func(ev comfyui.Event) bool { return ev.Stream != comfyui.StreamUp || ev.Time.Before(back) })
+		require.NotEmpty(t, ups)
+		assert.Less(t, ups[0].Time.Sub(back), 6*time.Second, "with the first answer")
+		assert.LessOrEqual(t, c.Stats().Dials, int64(3), "no tight loop")
+	})
 }
 
 func TestS16SocketRefusedForGood(t *testing.T) {

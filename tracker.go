@@ -1191,8 +1191,14 @@ func (t *tracker) dropAdopted() {
 
 // ------------------------------------------------------------ the pod
 
-// contact notes that the pod answers.
+// contact notes that the pod answers. After a silence that ends the streams' pauses: they grew while nothing was there.
 func (t *tracker) contact(now time.Time) {
+	if !t.pod.silentSince.IsZero() && t.pod.stream != StreamUp {
+		t.stream.hurry()
+		for _, s := range t.adopted {
+			s.hurry()
+		}
+	}
 	t.pod.contactAt, t.pod.silentSince = now, time.Time{}
 }
 

@@ -70,6 +70,7 @@ type stream struct {
 	want   chan struct{}      // holds a token after wanted has changed
 	wanted atomic.Bool
 	redial chan struct{} // holds a token when the connection is to be replaced
+	soon   chan struct{} // holds a token when the pause before the next one is to end
 	heard  atomic.Int64  // frames since the process began that only a hearing socket gets
 	decode *wire.Decoder
 	buf    []byte
@@ -79,7 +80,7 @@ type stream struct {
 func newStream(clientID string, e *endpoint, o *options, c *counters, sink streamSink) *stream {
 	return &stream{
 		clientID: clientID, endpoint: e, timing: o.timing, previews: o.previews, counters: c, sink: sink,
-		want: make(chan struct{}, 1), redial: make(chan struct{}, 1), decode: wire.NewDecoder(),
+		want: make(chan struct{}, 1), redial: make(chan struct{}, 1), soon: make(chan struct{}, 1), decode: wire.NewDecoder(),
 	}
 }
 
@@ -92,6 +93,9 @@ func (s *stream) setWanted(wanted bool) {
 
 // reconnect replaces the connection, which hears nothing.
 func (s *stream) reconnect() { signal(s.redial) }
+
+// hurry ends the pause before the next connection: the pod answers again.
+func (s *stream) hurry() { signal(s.soon) }
 
 func signal(c chan struct{}) {
 	select {
@@ -149,13 +153,15 @@ func (s *stream) untilWanted(ctx context.Context) bool {
 	return ctx.Err() == nil
 }
 
-// pause waits for d, or until the stream is no longer wanted.
+// pause waits for d, or until the pod is known to be back, or the stream is no longer wanted.
 func (s *stream) pause(ctx context.Context, d time.Duration) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	for {
 		select {
 		case <-timer.C:
+			return true
+		case <-s.soon:
 			return true
 		case <-s.want:
 			if !s.wanted.Load() {
@@ -212,9 +218,11 @@ func (s *stream) dial(ctx context.Context) (*websocket.Conn, error) {
 // serve reads conn until it fails, is to be replaced or is no longer wanted, and closes it.
 func (s *stream) serve(ctx context.Context, conn *websocket.Conn) error {
 	l := &listening{stream: s, conn: conn, over: make(chan struct{})}
-	select {
-	case <-s.redial: // meant for the connection before
-	default:
+	for _, old := range []chan struct{}{s.redial, s.soon} {
+		select {
+		case <-old: // meant for the connection before
+		default:
+		}
 	}
 	tended := make(chan struct{})
 	go func() {
