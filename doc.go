@@ -121,7 +121,8 @@
 // WithComfyAPIKey. A job with [WithInput] whose process died before the upload fails with CategoryMissingAsset when somebody else recovers it; Execute
 // with its id and options goes on with it.
 //
-// Any store can be used that passes the suite in comfyuitest/storetest.
+// Any store can be used that passes the suite in comfyuitest/storetest. docs/recovery.md in the repository has the data model in Redis,
+// each point at which a process can die, and what to monitor.
 //
 // # Health
 //

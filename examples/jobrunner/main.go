@@ -25,6 +25,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/hibiken/asynq"
 	"github.com/redis/go-redis/v9"
+	"github.com/redis/go-redis/v9/logging"
 
 	"github.com/comfypod/comfyui"
 )
@@ -34,6 +35,7 @@ const usage = "usage: jobrunner infra | enqueue | worker | status; with -h after
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	context.AfterFunc(ctx, stop) // a second signal ends the program at once
+	logging.Disable()            // of go-redis, whose errors come back from the calls
 	if err := run(ctx, os.Args[1:], os.Stdout); err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "jobrunner:", err)
 		os.Exit(1)

@@ -159,11 +159,11 @@ func retryDelay(n int, err error, task *asynq.Task) time.Duration {
 	return delay
 }
 
-// eventLog logs what happens to the jobs, their progress in tenths.
+// eventLog logs what happens to the jobs, and each five percent of their progress.
 func eventLog() func(comfyui.Event) {
 	last := map[string]string{} // events come one at a time
 	return func(event comfyui.Event) {
-		line := fmt.Sprintf("%s: %s, %d %%", event.JobID, event.Progress.Status, int(10*event.Progress.Fraction)*10)
+		line := fmt.Sprintf("%s: %s, %d %%", event.JobID, event.Progress.Status, int(20*event.Progress.Fraction)*5)
 		if event.Err != nil {
 			line += ": " + event.Err.Error()
 		}
