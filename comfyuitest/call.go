@@ -75,7 +75,7 @@ var stepsPNG = func() []byte {
 	return buf.Bytes()
 }()
 
-// Call is one run of one node. Its methods may be called from any goroutine while Run runs, but for [Call.Progress], which
+// Call is one run of one node. A panic in Run ends the node as an exception does, with its text. The methods may be called from any goroutine while Run runs, but for [Call.Progress], which
 // must be called by the goroutine that runs it.
 type Call struct {
 	PromptID, NodeID string
@@ -133,6 +133,7 @@ func (c *Call) Progress(value, max float64) { c.tick(value, max, nil) }
 // Preview sends an image of the work so far, as a step of its own with the value of the last one. contentType is image/jpeg
 // or image/png. Clients that announced supports_preview_metadata get a binary frame of type 4, others one of type 1.
 func (c *Call) Preview(contentType string, data []byte) {
+	checkPreview(contentType)
 	c.mu.Lock()
 	value, limit := c.bar.value, c.bar.max
 	if !c.bar.started {
@@ -145,12 +146,22 @@ func (c *Call) Preview(contentType string, data []byte) {
 // ProgressPreview is a step that carries an image, the way samplers send theirs: one step instead of the two that Progress
 // and Preview make, with the image before the progress frame (type 4) or after it (type 1), and never throttled.
 func (c *Call) ProgressPreview(value, max float64, contentType string, data []byte) {
+	checkPreview(contentType)
 	c.tick(value, max, &previewImage{contentType, data})
 }
 
+func checkPreview(contentType string) {
+	if contentType != "image/jpeg" && contentType != "image/png" {
+		panic(fmt.Sprintf("comfyuitest: a preview is image/jpeg or image/png, got %q", contentType))
+	}
+}
+
 // Save stores a file and lists it under key in the outputs. fileType is "output" or "temp"; name may have a subfolder before
-// it. A file of that name is replaced.
+// it. A file of that name is replaced. Save panics if fileType is no folder of the server's.
 func (c *Call) Save(key, fileType, name string, data []byte) {
+	if !isKind(fileType) {
+		panic(fmt.Sprintf("comfyuitest: Save: a file's type is output, temp or input, got %q", fileType))
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.over || c.life.Err() != nil {
@@ -345,7 +356,7 @@ func (c *Call) perform(outcome *callOutcome, done func()) {
 		done()
 	}()
 	if c.class.run != nil {
-		outcome.err = c.class.run(ctx, c)
+		c.run.process.pod.tasks.run(foreignCode{"node", c.class.name}, func() { outcome.err = c.class.run(ctx, c) })
 	}
 	returned = true
 	if errors.Is(outcome.err, context.Canceled) && ctx.Err() != nil && c.life.Err() == nil {

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"net"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -31,8 +32,9 @@ type Pod struct {
 
 	chance chance // set by tests of this package, before the first request
 
-	life   context.Context // ends with Close
-	finish context.CancelFunc
+	life     context.Context // ends with Close
+	finish   context.CancelFunc
+	complain func(format string, args ...any)
 
 	mu      sync.Mutex
 	process *process     // nil while the server is down
@@ -76,10 +78,11 @@ func NewPod(opts ...Option) *Pod {
 	}
 	maps.Copy(p.classes, c.classes)
 	p.routes = routesOf(c.version)
+	p.complain = log.Printf
 	p.life, p.finish = context.WithCancel(context.Background())
 	p.handler = p.faulty(http.HandlerFunc(p.dispatch))
 	if c.wrap != nil {
-		p.handler = c.wrap(p.handler)
+		p.handler = p.proxy(c.wrap(p.handler))
 	}
 	p.handler = p.tasks.handler(p.handler)
 	p.client = &http.Client{Transport: &http.Transport{DialContext: p.DialContext, MaxIdleConnsPerHost: 64}}
@@ -99,8 +102,19 @@ func NewPod(opts ...Option) *Pod {
 func Start(tb testing.TB, opts ...Option) *Pod {
 	tb.Helper()
 	p := NewPod(opts...)
+	p.complain = tb.Logf
 	tb.Cleanup(p.Close)
 	return p
+}
+
+// proxy calls the handler of [WithHandler].
+func (p *Pod) proxy(handler http.Handler) http.Handler {
+	if handler == nil {
+		panic("comfyuitest: WithHandler: wrap returned no handler")
+	}
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		p.tasks.run(foreignCode{"the handler of", "WithHandler"}, func() { handler.ServeHTTP(w, r) })
+	})
 }
 
 // WithVersion makes the pod behave as that release of ComfyUI: what it honours, answers and sends. Releases from 0.3.40 to the
@@ -116,6 +130,9 @@ func WithVersion(version string) Option {
 
 // WithNode adds a class, or replaces a built-in one.
 func WithNode(class string, n Node) Option {
+	if class == "" {
+		panic("comfyuitest: WithNode: a class has a name")
+	}
 	return func(c *config) { c.nodes[class] = n }
 }
 
@@ -136,13 +153,20 @@ func WithPipes() Option {
 	return func(c *config) { c.pipes = true }
 }
 
-// WithMaxUpload limits request bodies, as --max-upload-size does. Default 100 MiB.
+// WithMaxUpload limits request bodies, as --max-upload-size does; 0 is no limit. Default 100 MiB.
 func WithMaxUpload(bytes int64) Option {
+	if bytes < 0 {
+		panic(fmt.Sprintf("comfyuitest: WithMaxUpload: negative limit %d", bytes))
+	}
 	return func(c *config) { c.maxUpload = bytes }
 }
 
-// WithHistorySize sets how many ended prompts the pod remembers. Default 10000.
+// WithHistorySize sets how many ended prompts the pod remembers: like the server, which looks before it adds one, one more than
+// that. Default 10000.
 func WithHistorySize(n int) Option {
+	if n < 0 {
+		panic(fmt.Sprintf("comfyuitest: WithHistorySize: negative size %d", n))
+	}
 	return func(c *config) { c.historySize = n }
 }
 
@@ -187,8 +211,12 @@ func (p *Pod) DialContext(ctx context.Context, network, addr string) (net.Conn, 
 	return current.conns.dial(ctx)
 }
 
-// Close ends the pod and waits for all its goroutines, those of nodes included: a Run must end when its ctx does. No Run may
-// call Close.
+// closePatience is how long Close waits for goroutines that run somebody else's code.
+const closePatience = 5 * time.Second
+
+// Close ends the pod, at any moment, and waits for all its goroutines, those of nodes included: their ctx ends. A Run or a handler
+// of [WithHandler] that goes on all the same for five seconds is left behind, which the log tells: that of the test, if there is
+// one. What a node that is left behind still does shows nowhere. No Run may call Close.
 func (p *Pod) Close() {
 	p.mu.Lock()
 	p.closed = true
@@ -204,7 +232,9 @@ func (p *Pod) Close() {
 	}
 	p.client.CloseIdleConnections()
 	p.changed.signal()
-	p.tasks.wait()
+	if left := p.tasks.wait(closePatience); left != nil {
+		p.complain("comfyuitest: Close: still running %v after its context ended: %s", closePatience, strings.Join(left, ", "))
+	}
 }
 
 // Restart ends the server as a crash does, at once and without a close frame, and starts it again after the given time:
@@ -376,6 +406,9 @@ func (p *Pod) Interrupt() {
 
 // CutStreams spoils the sockets that are open now.
 func (p *Pod) CutStreams(mode CutMode) {
+	if mode < CutClose || mode > CutDeaf {
+		panic(fmt.Sprintf("comfyuitest: CutStreams: unknown mode %d", mode))
+	}
 	if current := p.current(); current != nil {
 		current.hub.cut(mode)
 	}
@@ -383,6 +416,11 @@ func (p *Pod) CutStreams(mode CutMode) {
 
 // RefuseStreams answers new sockets with a status; 0 accepts them again. Open ones stay.
 func (p *Pod) RefuseStreams(status int) {
+	if status != 0 {
+		if err := checkStatus(status); err != nil {
+			panic(fmt.Sprintf("comfyuitest: RefuseStreams: %v", err))
+		}
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.refused = status

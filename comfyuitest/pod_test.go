@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"syscall"
 	"testing"
@@ -210,6 +211,89 @@ func TestClose(t *testing.T) { //nolint:paralleltest // counts goroutines
 		require.NoError(t, p.WaitIdle(t.Context()))
 		goleak.VerifyNone(t, ignore)
 	}
+}
+
+// TestCloseLeavesBehind: a Run and a proxy that heed no context do not hold up Close for ever.
+func TestCloseLeavesBehind(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		said := make(chan string, 1)
+		release := make(chan struct{})
+		entered := make(chan struct{}, 2)
+		p := NewPod(WithPipes(), WithNode("Deaf", scripted(func(*Call) error {
+			entered <- struct{}{}
+			<-release
+			return nil
+		})), WithHandler(func(next http.Handler) http.Handler {
+			return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				next.ServeHTTP(w, r)
+				if r.URL.Path == "/free" {
+					entered <- struct{}{}
+					<-release
+				}
+			})
+		}))
+		p.complain = func(format string, args ...any) { said <- fmt.Sprintf(format, args...) }
+		queue1(t, p, graphOf("1", "Deaf", nil), "")
+		<-entered
+		go func() { _, _ = try(p, http.MethodPost, "/free", "{}") }()
+		<-entered
+		p.Freeze()
+		began := time.Now()
+		p.Close()
+		require.Equal(t, closePatience, time.Since(began))
+		require.Equal(t, "comfyuitest: Close: still running 5s after its context ended: node Deaf, the handler of WithHandler", <-said)
+		close(release)
+		synctest.Wait()
+		p.Close()
+		require.Empty(t, said)
+	})
+}
+
+func TestBadOptions(t *testing.T) {
+	t.Parallel()
+	for name, bad := range map[string]func(){
+		"no class":         func() { WithNode("", Node{}) },
+		"inputs":           func() { NewPod(WithNode("Bad", Node{Inputs: map[string]any{"x": 1}})) },
+		"negative limit":   func() { WithMaxUpload(-1) },
+		"negative history": func() { WithHistorySize(-1) },
+		"no handler":       func() { NewPod(WithHandler(func(http.Handler) http.Handler { return nil })) },
+		"version":          func() { WithVersion("latest") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			require.Panics(t, bad)
+		})
+	}
+	p := Start(t)
+	require.Panics(t, func() { p.CutStreams(CutDeaf + 1) })
+	require.Panics(t, func() { p.RefuseStreams(http.StatusSwitchingProtocols) })
+}
+
+// TestBadCall: what a scripted node does wrong is told where its author looks, in the job's error.
+func TestBadCall(t *testing.T) {
+	t.Parallel()
+	for message, bad := range map[string]func(c *Call){
+		"a file's type is output": func(c *Call) { c.Save("images", "outputs", "x.png", nil) },
+		"a preview is image/jpeg": func(c *Call) { c.Preview("png", nil) },
+		"a graph is a JSON":       func(c *Call) { c.Expand([]any{}) },
+	} {
+		bubble(t, func(t *testing.T, p *Pod) {
+			id := queue1(t, p, graphOf("1", "Bad", nil), "")
+			require.NoError(t, p.WaitIdle(t.Context()))
+			history := string(do(t, p, http.MethodGet, "/history/"+id, "").body)
+			require.Contains(t, history, "panic: comfyuitest: ")
+			require.Contains(t, history, message)
+		}, WithNode("Bad", scripted(func(c *Call) error { bad(c); return nil })))
+	}
+}
+
+func TestNoUploadLimit(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, p *Pod) {
+		require.Equal(t, http.StatusOK, do(t, p, http.MethodGet, "/prompt", "").status)
+		require.Equal(t, http.StatusOK, do(t, p, http.MethodPost, "/userdata/x", "content").status)
+	}, WithMaxUpload(0))
 }
 
 func TestCloseWhileDown(t *testing.T) {

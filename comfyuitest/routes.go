@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"maps"
+	"math"
 	"mime"
 	"net"
 	"net/http"
@@ -236,7 +237,10 @@ func (p *process) serve(w http.ResponseWriter, r *http.Request) {
 // readBody reads and decompresses a body, up to the limit. A multipart body may be a little larger than its parts.
 func (p *process) readBody(r *http.Request) ([]byte, *answer) {
 	limit := p.pod.config.maxUpload
-	if strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/") {
+	switch {
+	case limit == 0:
+		limit = math.MaxInt64
+	case strings.HasPrefix(r.Header.Get("Content-Type"), "multipart/"):
 		limit += 1 << 20
 	}
 	var reader io.Reader = r.Body

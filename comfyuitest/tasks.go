@@ -3,7 +3,9 @@ package comfyuitest
 import (
 	"net"
 	"net/http"
+	"slices"
 	"sync"
+	"time"
 )
 
 // tasks counts the pod's goroutines, so that Close can wait for them.
@@ -12,7 +14,11 @@ type tasks struct {
 	count   int
 	closed  bool
 	drained chan struct{}
+	foreign map[foreignCode]int // of these, those that run code that is not the pod's
 }
+
+// foreignCode names code that is not the pod's: it may heed no context.
+type foreignCode struct{ kind, name string }
 
 // start runs f on a goroutine of its own, unless the pod is closing.
 func (t *tasks) start(f func()) {
@@ -42,6 +48,24 @@ func (t *tasks) leave() {
 	t.checkDrained()
 }
 
+// run calls what is not the pod's own code.
+func (t *tasks) run(what foreignCode, f func()) {
+	t.note(what, 1)
+	defer t.note(what, -1)
+	f()
+}
+
+func (t *tasks) note(what foreignCode, change int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.foreign == nil {
+		t.foreign = map[foreignCode]int{}
+	}
+	if t.foreign[what] += change; t.foreign[what] == 0 {
+		delete(t.foreign, what)
+	}
+}
+
 func (t *tasks) checkDrained() {
 	if t.count == 0 && t.drained != nil {
 		close(t.drained)
@@ -49,8 +73,8 @@ func (t *tasks) checkDrained() {
 	}
 }
 
-// wait lets nothing more start and waits until all has ended.
-func (t *tasks) wait() {
+// wait lets nothing more start and waits until all has ended, but no longer than that: then it returns what goes on.
+func (t *tasks) wait(patience time.Duration) (left []string) {
 	t.mu.Lock()
 	t.closed = true
 	if t.drained == nil {
@@ -59,7 +83,20 @@ func (t *tasks) wait() {
 	drained := t.drained
 	t.checkDrained()
 	t.mu.Unlock()
-	<-drained
+	timer := time.NewTimer(patience)
+	defer timer.Stop()
+	select {
+	case <-drained:
+		return nil
+	case <-timer.C:
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for what := range t.foreign {
+		left = append(left, what.kind+" "+what.name)
+	}
+	slices.Sort(left)
+	return left
 }
 
 // connState counts the goroutines of connections; a hijacked one goes on inside the handler, which counts itself.

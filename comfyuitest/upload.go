@@ -69,7 +69,7 @@ func readForm(r *request, limit int64) (*form, error) {
 		if err != nil {
 			return nil, err
 		}
-		if total += int64(len(data)); total > limit {
+		if total += int64(len(data)); total > limit && limit > 0 {
 			return nil, errFormTooLarge
 		}
 		disposition := part.Header.Get("Content-Disposition")
