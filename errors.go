@@ -344,7 +344,7 @@ func plainCategory(err error) Category {
 		return CategoryTimeout
 	}
 	var notTLS tls.RecordHeaderError
-	if errors.As(err, &notTLS) {
+	if errors.As(err, &notTLS) || errors.Is(err, http.ErrSchemeMismatch) {
 		return CategoryProtocol
 	}
 	var dns *net.DNSError
@@ -621,6 +621,16 @@ func redactURLs(text string) string {
 	return urlSecrets.ReplaceAllString(text, "$1$2")
 }
 
+// withoutSecrets is a URL, which need not be a whole one, without userinfo, query and fragment.
+func withoutSecrets(location string) string {
+	u, err := url.Parse(location)
+	if err != nil {
+		return "what is no URL"
+	}
+	u.User, u.RawQuery, u.ForceQuery, u.Fragment, u.RawFragment = nil, "", false, "", ""
+	return u.String()
+}
+
 func redactedLines(lines []string) []string {
 	if !slices.ContainsFunc(lines, func(line string) bool { return strings.Contains(line, "://") }) {
 		return lines
@@ -782,7 +792,7 @@ func excerpt(status int, header http.Header, body []byte, clean func(string) str
 		}
 	}
 	if location := header.Get("Location"); location != "" && status >= 300 && status < 400 {
-		text = "redirect to " + location
+		text = "redirect to " + withoutSecrets(location)
 	}
 	return cmp.Or(clip(clean(text)), http.StatusText(status), "status "+strconv.Itoa(status))
 }

@@ -214,11 +214,21 @@ func (c *PodClient) ObjectInfo(ctx context.Context, classes ...string) (map[stri
 		}
 	}
 	for _, path := range paths {
-		var some map[string]json.RawMessage
-		if err := c.getJSON(ctx, op, path, largeReply, &some); err != nil {
+		err := c.repeat(ctx, retryOp{op: op}, func(ctx context.Context) error {
+			r, err := c.endpoint.read(ctx, call{op: op, method: http.MethodGet, path: path}, largeReply)
+			if err != nil {
+				return err
+			}
+			some, err := wire.ObjectInfo(r.body)
+			if err != nil {
+				return c.endpoint.malformed(op, r, err)
+			}
+			maps.Copy(all, some)
+			return nil
+		})
+		if err != nil {
 			return nil, err
 		}
-		maps.Copy(all, some)
 	}
 	return all, nil
 }
@@ -231,7 +241,7 @@ func (c *PodClient) Models(ctx context.Context, folder string) ([]string, error)
 		path += "/" + url.PathEscape(folder)
 	}
 	var names []string
-	err := c.getJSON(ctx, "models", path, largeReply, &names)
+	err := c.getJSON(ctx, "models", path, &names)
 	return names, err
 }
 
@@ -263,7 +273,7 @@ func devicesOf(from []wire.Device) []Device {
 // 0.3.45.
 func (c *PodClient) Features(ctx context.Context) (map[string]any, error) {
 	var features map[string]any
-	err := c.getJSON(ctx, "features", "/features", smallReply, &features)
+	err := c.getJSON(ctx, "features", "/features", &features)
 	return features, err
 }
 
@@ -330,7 +340,7 @@ func (c *PodClient) upload(ctx context.Context, f uploadFile, opts []UploadOptio
 	}
 	f.measure()
 	var ref FileRef
-	again := func(err error) bool { return f.seeker != nil || neverSent(err) }
+	again := func(err error) bool { return !f.stuck && (f.seeker != nil || neverSent(err)) }
 	err := c.repeat(ctx, retryOp{op: f.op, safe: again}, func(ctx context.Context) (err error) {
 		ref, err = c.endpoint.upload(ctx, &f)
 		return err
@@ -431,9 +441,10 @@ func (c *PodClient) refuse(op, fault string) error {
 	return &Error{Op: op, Pod: c.Name(), Category: CategoryValidation, Err: errors.New(fault)}
 }
 
-func (c *PodClient) getJSON(ctx context.Context, op, path string, limit int64, to any) error {
+// getJSON is for small answers: encoding/json makes many times the memory of a bad one.
+func (c *PodClient) getJSON(ctx context.Context, op, path string, to any) error {
 	return c.repeat(ctx, retryOp{op: op}, func(ctx context.Context) error {
-		r, err := c.endpoint.read(ctx, call{op: op, method: http.MethodGet, path: path}, limit)
+		r, err := c.endpoint.read(ctx, call{op: op, method: http.MethodGet, path: path}, smallReply)
 		if err != nil {
 			return err
 		}
@@ -676,6 +687,9 @@ func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error)
 			l.end()
 			return nil, err
 		}
+		if resp.Request == nil { // a RoundTripper of the caller's
+			resp.Request = req
+		}
 		if resp.StatusCode/100 == 2 || q.accept != nil && q.accept(resp.StatusCode) {
 			resp.Body = &incoming{from: resp.Body, line: l, req: req, small: q.small}
 			if !q.small {
@@ -707,7 +721,7 @@ func (e *endpoint) request(l *lifeline, q call, reached *connection) (*http.Requ
 	}
 	req.Header.Set("Accept", "application/json, */*;q=0.5")
 	if q.body != nil {
-		q.body.moved = l.extend
+		q.body.moved, q.body.over = l.extend, l.ctx.Done()
 		q.body.attach(req)
 	}
 	for name, values := range q.header {
@@ -1200,6 +1214,7 @@ type outgoing struct {
 	replays     bool             // open may be called more than once
 	confirm     func() error     // nil: nobody asks
 	moved       func()           // called when some of it went out
+	over        <-chan struct{}  // closed when the call has ended
 
 	mu      sync.Mutex
 	sealed  bool
@@ -1246,18 +1261,23 @@ func (o *outgoing) gone() int64 {
 	return o.sent
 }
 
-// settled waits until the transport's goroutine has let go of the caller's reader, or ctx ends.
-func (o *outgoing) settled(ctx context.Context) {
+// settled waits until the transport's goroutine has let go of the caller's reader. false: it is in a Read that does not end.
+func (o *outgoing) settled(ctx context.Context, most time.Duration) bool {
 	o.mu.Lock()
 	reading := o.reading
 	o.mu.Unlock()
 	if reading == nil {
-		return
+		return true
 	}
+	timer := time.NewTimer(most)
+	defer timer.Stop()
 	select {
 	case <-reading:
+		return true
+	case <-timer.C:
 	case <-ctx.Done():
 	}
+	return false
 }
 
 var errSealed = errors.New("the request is over")
@@ -1316,6 +1336,7 @@ type outgoingReader struct {
 	o     *outgoing
 	from  io.Reader
 	begun bool
+	buf   []byte // of readAside
 }
 
 func (r *outgoingReader) Read(p []byte) (int, error) {
@@ -1329,12 +1350,40 @@ func (r *outgoingReader) Read(p []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	n, err := r.from.Read(p)
-	leave(n, err)
+	var n int
+	if r.o.replays { // in memory
+		n, err = r.from.Read(p)
+		leave(n, err)
+	} else {
+		n, err = r.readAside(p, leave)
+	}
 	if n > 0 && r.o.moved != nil {
 		r.o.moved()
 	}
 	return n, err
+}
+
+// readAside lets go when the call is over, though the caller's reader may hang: the transport waits for its Read to end, whatever its
+// ctx says.
+func (r *outgoingReader) readAside(p []byte, leave func(int, error)) (int, error) {
+	if r.buf == nil {
+		r.buf = make([]byte, 32<<10)
+	}
+	buf := r.buf[:min(len(p), len(r.buf))]
+	var n int
+	var err error
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		n, err = r.from.Read(buf)
+		leave(n, err)
+	}()
+	select {
+	case <-done:
+		return copy(p, buf[:n]), err
+	case <-r.o.over:
+		return 0, errSealed
+	}
 }
 
 // Close leaves the reader to the caller, whose it is.
@@ -1730,6 +1779,7 @@ type uploadFile struct {
 	size   int64     // -1: not known
 	seeker io.Seeker // nil: r cannot be read twice
 	start  int64     // where r stood
+	stuck  bool      // a Read of r does not end: nobody else may touch it
 }
 
 // check finds what the pod would answer with a bare 400 or 500.
@@ -1808,7 +1858,7 @@ func (e *endpoint) upload(ctx context.Context, f *uploadFile) (FileRef, error) {
 	}
 	r, err := e.read(ctx, call{op: f.op, method: http.MethodPost, path: f.path, body: body, needsBody: true}, smallReply)
 	_, _, _ = body.seal()
-	body.settled(ctx)
+	f.stuck = !body.settled(ctx, e.timing.Connect)
 	if err != nil {
 		// A server that has seen enough may hang up before it says so.
 		if sent := body.gone(); CategoryOf(err) == CategoryNetwork && sent >= worthAsking {

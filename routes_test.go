@@ -977,6 +977,29 @@ func (d *drip) Read(p []byte) (int, error) {
 	return copy(p, "drop"), nil
 }
 
+// A reader that hangs holds nobody: Upload gives up, though it cannot end the Read.
+func TestUploadOfAReaderThatHangs(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c, _ := servePipes(t, func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) }, noRetry())
+		r, w := io.Pipe()
+		start := time.Now()
+		_, err := c.Upload(t.Context(), "a.png", r)
+		assert.Equal(t, CategoryTimeout, CategoryOf(err), "%v", err)
+		assert.LessOrEqual(t, time.Since(start), 2*c.endpoint.timing.Request)
+
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		start = time.Now()
+		_, err = c.Upload(ctx, "a.png", r)
+		assert.Equal(t, CategoryContext, CategoryOf(err), "%v", err)
+		_, err = c.Do(ctx, http.MethodPost, "/userdata/x", nil, r) //nolint:bodyclose // there is none
+		assert.Equal(t, CategoryContext, CategoryOf(err), "%v", err)
+		assert.Equal(t, time.Second, time.Since(start))
+		require.NoError(t, w.Close())
+	})
+}
+
 func TestUploadOfABrokenReader(t *testing.T) {
 	t.Parallel()
 	c := serve(t, func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
@@ -1748,6 +1771,31 @@ func TestSealedBodySendsNothing(t *testing.T) {
 }
 
 // A RoundTripper that tells nothing of its connections, and fails, leaves it open what left.
+// A RoundTripper need not fill in what net/http's own does.
+func TestRoundTripperThatAnswersLittle(t *testing.T) {
+	t.Parallel()
+	c := clientOf(t, "http://pod", noRetry(), WithHTTPClient(&http.Client{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+		if r.URL.Path == "/view" {
+			return &http.Response{StatusCode: http.StatusOK, Header: http.Header{"Content-Type": {"text/html"}}}, nil
+		}
+		return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(`{"exec_info":{"queue_remaining":3}}`))}, nil
+	})}))
+	n, err := c.endpoint.queueRemaining(t.Context())
+	require.NoError(t, err)
+	assert.Equal(t, 3, n)
+	_, err = c.Open(t.Context(), FileRef{Filename: "a.png"})
+	assert.Equal(t, CategoryProtocol, CategoryOf(err))
+}
+
+func TestHTTPSToAnHTTPPod(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.NotFoundHandler())
+	defer server.Close()
+	c := clientOf(t, strings.Replace(server.URL, "http:", "https:", 1), noRetry())
+	_, err := c.Queue(t.Context())
+	assert.Equal(t, CategoryProtocol, CategoryOf(err), "%v", err)
+}
+
 func TestForeignRoundTripper(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {

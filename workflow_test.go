@@ -150,6 +150,7 @@ func TestParseWorkflowRefuses(t *testing.T) {
 		"UTF-16":              {"\xff\xfe{\x00}\x00", "UTF-16"},
 		"Latin-1":             {"{\"\xe9\":1}", "UTF-8"},
 		"a bomb of brackets":  {strings.Repeat(`{"a":`, 1<<18), "nested deeper"},
+		"a bomb of entries":   {`{"1":{"class_type":"A"}` + strings.Repeat(`,"":0`, 1<<18) + `}`, "more than 131072 members"},
 		"cut":                 {`{"1":{"class_type":"A"}`, "no valid JSON: line 1, column 23"},
 		"a request and more":  {`{"prompt":{"1":{"class_type":"A"}},"output":1}`, "no entry of the JSON object is a node"},
 		"PNG, words":          {string(pngOf(textChunk("prompt", "a cat"))), "no valid JSON"},

@@ -13,8 +13,13 @@ import (
 	"unicode/utf8"
 )
 
-// MaxDepth is how deep Compact lets lists and objects be nested. The server's decoder (Python's) ends at about a thousand.
-const MaxDepth = 256
+const (
+	// MaxDepth is how deep Compact lets lists and objects be nested. The server's decoder (Python's) ends at about a thousand.
+	MaxDepth = 256
+	// MaxMembers is how many members Compact lets an object have: a Member takes much more memory than the few bytes it can
+	// stand in, and those can come out of a picture of some kilobytes.
+	MaxMembers = 1 << 17
+)
 
 // Member is one member of an object. Value shares memory with the object.
 type Member struct {
@@ -22,13 +27,13 @@ type Member struct {
 	Value json.RawMessage
 }
 
-// Compact returns data without white space, if it is one JSON value of valid UTF-8 and not nested deeper than MaxDepth. A syntax error
-// names line and column.
+// Compact returns data without white space, if it is one JSON value of valid UTF-8, not nested deeper than MaxDepth, and with no object
+// of more than MaxMembers members. A syntax error names line and column.
 func Compact(data []byte) (json.RawMessage, error) {
 	if !utf8.Valid(data) {
 		return nil, errors.New("it is not valid UTF-8")
 	}
-	if err := checkDepth(data); err != nil {
+	if err := checkSize(data); err != nil {
 		return nil, err
 	}
 	var buf bytes.Buffer
@@ -44,8 +49,9 @@ func Compact(data []byte) (json.RawMessage, error) {
 	return buf.Bytes(), nil
 }
 
-// checkDepth looks at the brackets that stand outside strings.
-func checkDepth(data []byte) error {
+// checkSize looks at the brackets and colons that stand outside strings. What it takes for a level need not be one in what is no JSON.
+func checkSize(data []byte) error {
+	var members [MaxDepth + 1]int // of the objects that are open
 	depth := 0
 	for i := 0; i < len(data); i++ {
 		switch data[i] {
@@ -55,8 +61,13 @@ func checkDepth(data []byte) error {
 			if depth++; depth > MaxDepth {
 				return fmt.Errorf("it is nested deeper than %d", MaxDepth)
 			}
+			members[depth] = 0
 		case '}', ']':
-			depth--
+			depth = max(depth-1, 0)
+		case ':':
+			if members[depth]++; members[depth] > MaxMembers {
+				return fmt.Errorf("it has an object of more than %d members", MaxMembers)
+			}
 		}
 	}
 	return nil

@@ -33,6 +33,8 @@ func TestCompactRefuses(t *testing.T) {
 		"deeper":        {strings.Repeat("[", 1<<20), "deeper than 256"},
 		"not UTF-8":     {"{\"a\": \"\xff\"}", "UTF-8"},
 		"not even JSON": {"hello", "line 1, column 1"},
+		"many members":  {`{"a":[{}` + strings.Repeat(`,{"a":0}`, 9) + `]` + strings.Repeat(`,"":0`, MaxMembers) + `}`, "more than 131072 members"},
+		"many inside":   {`[[{"":{}` + strings.Repeat(`,"":{"b":"}"}`, MaxMembers) + `}]]`, "more than 131072 members"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -41,6 +43,8 @@ func TestCompactRefuses(t *testing.T) {
 		})
 	}
 	_, err := Compact([]byte(strings.Repeat("[", MaxDepth) + strings.Repeat("]", MaxDepth)))
+	require.NoError(t, err)
+	_, err = Compact([]byte(`[{"a":0` + strings.Repeat(`,"":{"b":0}`, MaxMembers-1) + `},0` + strings.Repeat(`,{"":0}`, MaxMembers) + `]`))
 	require.NoError(t, err)
 }
 

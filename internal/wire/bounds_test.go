@@ -58,6 +58,10 @@ func TestTooManyParts(t *testing.T) {
 			_, err := DecodePromptReply([]byte(`{"prompt_id":"a","node_errors":{"1":{"errors":[` + listOf(n-1, "0") + `]}}}`))
 			return err
 		},
+		"classes": func(n int) error {
+			_, err := ObjectInfo([]byte(`{` + keysOf(n, "{}") + `}`))
+			return err
+		},
 		"devices": func(n int) error {
 			_, err := DecodeSystemStats([]byte(`{"system":{},"devices":[` + listOf(n, "0") + `]}`))
 			return err
@@ -126,6 +130,10 @@ func TestMemoryIsBounded(t *testing.T) {
 		},
 		"node errors": func() error {
 			_, err := DecodePromptReply([]byte(`{"prompt_id":"a","node_errors":{` + keysOf(size/12, "0") + `}}`))
+			return err
+		},
+		"classes": func() error {
+			_, err := ObjectInfo([]byte(`{` + keysOf(size/12, "0") + `}`))
 			return err
 		},
 	} {

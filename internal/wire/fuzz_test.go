@@ -123,5 +123,6 @@ func FuzzReplies(f *testing.F) {
 	seedAnswers(f, "POST", "/prompt")
 	seedAnswers(f, "GET", "/jobs/")
 	seedAnswers(f, "GET", "/system_stats")
+	seedAnswers(f, "GET", "/object_info/")
 	f.Fuzz(func(t *testing.T, body []byte) { checkReplies(t, body) })
 }

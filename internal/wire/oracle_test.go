@@ -457,6 +457,7 @@ func checkReplies(t testing.TB, body []byte) {
 	checkRefusal(t, body, f)
 	checkJob(t, body, f)
 	checkSystemStats(t, body, document, f)
+	checkObjectInfo(t, body, f)
 }
 
 func checkPromptReply(t testing.TB, body []byte, f fields) {
@@ -523,6 +524,23 @@ func checkJob(t testing.TB, body []byte, f fields) {
 	got.History = compactEntry(t, got.History)
 	for i := range got.Outputs {
 		got.Outputs[i].Output = compact(t, got.Outputs[i].Output)
+	}
+	require.Equal(t, want, got)
+}
+
+func checkObjectInfo(t testing.TB, body []byte, f fields) {
+	t.Helper()
+	got, err := ObjectInfo(body)
+	if f == nil {
+		require.ErrorIs(t, err, ErrMalformed)
+		require.Nil(t, got)
+		return
+	}
+	require.NoError(t, err)
+	want := map[string]json.RawMessage{}
+	for class, raw := range f {
+		want[class] = oracleRaw(raw)
+		got[class] = compact(t, got[class])
 	}
 	require.Equal(t, want, got)
 }

@@ -283,6 +283,27 @@ func (d *Decoder) extraInfo() (input string, raw json.RawMessage) {
 	return input, s.copyFrom(start)
 }
 
+// ObjectInfo reads the answer to GET /object_info and /object_info/{class}: what the pod says of each class, without NaN and Infinity.
+func ObjectInfo(body []byte) (map[string]json.RawMessage, error) {
+	d := borrow()
+	defer d.giveBack()
+	s := &d.s
+	s.reset(body)
+	if s.at() != '{' {
+		s.fail()
+	}
+	classes := map[string]json.RawMessage{}
+	for s.object(); s.next() && s.take(); {
+		class := string(s.key)
+		classes[class] = s.raw()
+	}
+	s.end()
+	if s.bad {
+		return nil, s.err("object_info")
+	}
+	return classes, nil
+}
+
 // SystemStats is the answer to GET /system_stats; sizes are in bytes.
 type SystemStats struct {
 	Version, OS, Python, PyTorch string
