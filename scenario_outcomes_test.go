@@ -78,7 +78,7 @@ func TestS29RestartMidJob(t *testing.T) {
 							require.NoError(t, err)
 						}
 						if stage == "pending" {
-							_, err := b.client(comfyui.WithClientID("other")).Submit(b.ctx, graphOf(t, "Long", 7))
+							_, err := b.bystander().Submit(b.ctx, graphOf(t, "Long", 7))
 							require.NoError(t, err)
 						}
 						j, err := c.Submit(b.ctx, graphOf(t, "Long", 2))
