@@ -376,7 +376,12 @@ func TestS21OtherClientsBroadcasts(t *testing.T) {
 		for _, log := range []*journal{&waits, &waitsLonger} {
 			log.sane(t)
 			if l.heard() {
-				assert.Len(t, log.of(comfyui.EventPreview), 8, "its own")
+				previews := log.of(comfyui.EventPreview)
+				assert.Len(t, previews, 8, "its own")
+				for _, ev := range previews {
+					assert.Equal(t, "1", ev.Node, "the node that runs, where the frame names none")
+					assert.Equal(t, ev.Node, ev.Preview.Node)
+				}
 				assert.NotEmpty(t, log.of(comfyui.EventOther))
 			}
 		}

@@ -1,6 +1,7 @@
 package comfyui
 
 import (
+	"cmp"
 	"container/heap"
 	"context"
 	"errors"
@@ -982,6 +983,7 @@ func (t *tracker) frame(f *frame) {
 	case f.preview != nil:
 		if j := t.jobOf(f.from, f.preview.promptID); j != nil {
 			preview := f.preview.Preview
+			preview.Node = cmp.Or(preview.Node, j.rec.Progress.Node) // pods before 0.3.45 do not name it
 			t.observe(j, obsPreview{&preview}, now)
 		}
 		return
