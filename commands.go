@@ -707,11 +707,11 @@ type reconciler struct {
 	fingerprint bool     // compare the process with the one before
 	witnesses   []string // prompts that it must have
 	incarnation int      // of the pod when the look began
-	proven      int64    // endpoint.breaks when the witnesses were last known to be there
+	proven      int64    // endpoint.lines.breaks when the witnesses were last known to be there
 	heard       int64    // frames that the stream had heard when the look began
 
 	err      error
-	breaks   int64 // endpoint.breaks when the queue had been read
+	breaks   int64 // endpoint.lines.breaks when the queue had been read
 	whole    bool  // the whole queue was read
 	cost     time.Duration
 	bytes    int
@@ -770,14 +770,14 @@ func (r *reconciler) lookSingly(ctx context.Context) bool {
 		}
 		r.spots[w.promptID] = at
 	}
-	r.cost, r.breaks = time.Since(start), r.endpoint.breaks.Load()
+	r.cost, r.breaks = time.Since(start), r.endpoint.lines.breaks.Load()
 	return true
 }
 
 func (r *reconciler) lookAtQueue(ctx context.Context) {
 	start := time.Now()
 	running, pending, size, err := r.endpoint.queue(ctx, false)
-	r.breaks = r.endpoint.breaks.Load()
+	r.breaks = r.endpoint.lines.breaks.Load()
 	if err != nil {
 		r.err = err
 		return

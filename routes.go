@@ -20,6 +20,7 @@ import (
 	"net/url"
 	"os"
 	"path"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"strconv"
@@ -27,6 +28,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"weak"
 
 	"github.com/gorilla/websocket"
 
@@ -470,11 +472,7 @@ type endpoint struct {
 	life     context.Context
 	end      context.CancelCauseFunc
 
-	// breaks counts signs that connections to the pod were lost, idle ones too, or that a proxy found no process: another process
-	// may answer since then. A time-out is none: a pod that is silent is busy as a rule.
-	breaks  atomic.Int64
-	idle    atomic.Int64 // connections that wait to be used again, as far as the transport tells
-	seeking atomic.Int64 // requests that wait for a connection
+	lines *lines
 
 	mu          sync.Mutex
 	known       string    // the pod's version; "": not known
@@ -511,6 +509,7 @@ func newEndpoint(o *options, c *counters) (*endpoint, error) {
 			client.Transport = e.own
 		}
 	}
+	e.lines = openLines(client.Transport, o.base.Host)
 	client.Timeout = 0 // it would cut bodies
 	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	strange := client
@@ -668,6 +667,7 @@ func (e *endpoint) send(ctx context.Context, q call) (*http.Response, error) {
 func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error) {
 	l := e.lifeline(ctx, q.op)
 	reached := &connection{endpoint: e, line: l, body: q.body}
+	l.reached = reached
 	req, err := e.request(l, q, reached)
 	if err != nil {
 		l.end()
@@ -799,6 +799,7 @@ type lifeline struct {
 	ctx      context.Context
 	cancel   context.CancelCauseFunc
 	unhook   func() bool
+	reached  *connection // nil: nothing was sent
 
 	mu    sync.Mutex
 	timer *time.Timer   // nil: no limit
@@ -872,6 +873,9 @@ func (l *lifeline) end() {
 	l.pause()
 	l.unhook()
 	l.cancel(errOver)
+	if l.reached != nil {
+		l.reached.leave(false)
+	}
 }
 
 // cut is why the call was ended from this side; nil: it was not.
@@ -901,7 +905,85 @@ type connection struct {
 	body     *outgoing // nil: none
 	state    atomic.Int32
 	tries    atomic.Int32 // connections that one request was given
-	spare    atomic.Bool  // one was idle when it was sought, and nobody else sought any
+
+	conn  net.Conn // the last of them. This and what follows is guarded by lines.mu
+	spare bool     // one was idle when it was sought, for this request and all others that sought one
+}
+
+// lines is what a transport tells of its connections to a pod. Clients that share a transport share them.
+type lines struct {
+	// breaks counts signs that connections to the pod were lost, idle ones too, or that a proxy found no process: another process
+	// may answer since then. A time-out is none: a pod that is silent is busy as a rule.
+	breaks atomic.Int64
+
+	mu      sync.Mutex
+	used    map[net.Conn]lineUse
+	seeking int  // requests that wait for a connection
+	suspect bool // one of them had to make one, though one should have been idle
+}
+
+// linesOf are the lines of the transports in use.
+var linesOf struct {
+	mu sync.Mutex
+	of map[lineKey]weak.Pointer[lines]
+}
+
+type lineKey struct {
+	transport *http.Transport
+	host      string
+}
+
+// openLines returns the lines of a transport to a host.
+func openLines(rt http.RoundTripper, host string) *lines {
+	transport, ok := rt.(*http.Transport)
+	if !ok {
+		return &lines{}
+	}
+	key := lineKey{transport, host}
+	linesOf.mu.Lock()
+	defer linesOf.mu.Unlock()
+	if l := linesOf.of[key].Value(); l != nil {
+		return l
+	}
+	if linesOf.of == nil {
+		linesOf.of = map[lineKey]weak.Pointer[lines]{}
+	}
+	l := &lines{}
+	linesOf.of[key] = weak.Make(l)
+	runtime.AddCleanup(l, closeLines, key)
+	return l
+}
+
+// closeLines forgets the lines that nobody uses any more.
+func closeLines(key lineKey) {
+	linesOf.mu.Lock()
+	defer linesOf.mu.Unlock()
+	if linesOf.of[key].Value() == nil {
+		delete(linesOf.of, key)
+	}
+}
+
+// lineUse is the request that is on a connection or, with none, since when it waits to be used again.
+type lineUse struct {
+	by    *connection
+	since time.Time
+}
+
+// keptIdle is how long an idle connection is sure to be kept: ComfyUI closes it after 75 s, which is no sign of anything.
+const keptIdle = time.Minute
+
+// idle counts the connections that wait, and drops those that may have been closed for that.
+func (l *lines) idle(now time.Time) (n int) {
+	for conn, use := range l.used {
+		switch {
+		case use.by != nil:
+		case now.Sub(use.since) > keptIdle:
+			delete(l.used, conn)
+		default:
+			n++
+		}
+	}
+	return n
 }
 
 const (
@@ -916,7 +998,7 @@ func (c *connection) trace() *httptrace.ClientTrace {
 		GotConn: c.made,
 		PutIdleConn: func(err error) {
 			if err == nil {
-				c.endpoint.idle.Add(1)
+				c.leave(true)
 			}
 		},
 	}
@@ -927,41 +1009,74 @@ func (c *connection) seek() {
 	if c.state.Swap(connectionSought) == connectionSought {
 		return
 	}
-	alone := c.endpoint.seeking.Add(1) == 1
-	c.spare.Store(alone && c.endpoint.idle.Load() > 0)
+	l := c.endpoint.lines
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.seeking++
+	c.spare = l.idle(time.Now()) >= l.seeking
 }
 
 // found looks for signs that a connection was lost: the transport had to take another one for the same request, or had to make one
-// though one should have been idle, and nobody else can have taken that.
-func (c *connection) found(reused bool) {
-	e := c.endpoint
-	alone := true
-	if c.state.Swap(connectionMade) == connectionSought {
-		alone = e.seeking.Add(-1) == 0
+// though one should have been idle, and it turns out that nobody else has taken that.
+func (c *connection) found(conn net.Conn, reused bool) {
+	sought := c.state.Swap(connectionMade) == connectionSought
+	lost := c.tries.Add(1) > 1
+	c.leave(false)
+	l := c.endpoint.lines
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if sought {
+		l.seeking--
 	}
-	if c.tries.Add(1) > 1 {
-		e.breaks.Add(1)
+	if l.used == nil {
+		l.used = map[net.Conn]lineUse{}
 	}
-	switch {
-	case reused:
-		e.idle.Add(-1)
-	case alone && c.spare.Load() && e.idle.Load() > 0:
-		e.idle.Store(0)
-		e.breaks.Add(1)
+	l.used[conn], c.conn = lineUse{by: c}, conn
+	if l.suspect = l.suspect || !reused && c.spare; l.suspect {
+		idle := l.idle(time.Now())
+		if idle > l.seeking {
+			lost, idle = true, 0
+			maps.DeleteFunc(l.used, func(_ net.Conn, use lineUse) bool { return use.by == nil })
+		}
+		l.suspect = idle > 0 && l.seeking > 0
 	}
+	if lost {
+		c.endpoint.lines.breaks.Add(1)
+	}
+}
+
+// leave notes that the request is done with its connection, and whether that waits to be used again. Another request may have been
+// given it already.
+func (c *connection) leave(idle bool) {
+	l := c.endpoint.lines
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if c.conn == nil || l.used[c.conn].by != c {
+		return
+	}
+	if idle {
+		l.used[c.conn] = lineUse{since: time.Now()}
+	} else {
+		delete(l.used, c.conn)
+	}
+	c.conn = nil
 }
 
 // over ends the search that found nothing.
 func (c *connection) over() {
-	if c.state.Load() == connectionSought {
-		c.endpoint.seeking.Add(-1)
+	if c.state.Load() != connectionSought {
+		return
 	}
+	l := c.endpoint.lines
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.seeking--
 }
 
 // made asks confirm before the headers go out: there are routes that act without reading a body. If it refuses, the connection is
 // spoilt for writing, because nothing else keeps an HTTP/1 transport from sending the headers. HTTP/2 heeds the ctx.
 func (c *connection) made(info httptrace.GotConnInfo) {
-	c.found(info.Reused)
+	c.found(info.Conn, info.Reused)
 	if c.body == nil || c.body.confirm == nil {
 		return
 	}
@@ -1010,7 +1125,7 @@ func (e *endpoint) unanswered(l *lifeline, q call, req *http.Request, reached *c
 			failed.Category = CategoryNetwork
 		}
 		if failed.Category == CategoryNetwork {
-			e.breaks.Add(1)
+			e.lines.breaks.Add(1)
 		}
 	}
 	// A transport sends a POST again only when nothing of it went out before. So a body that was read and a last try that got no
@@ -1030,7 +1145,7 @@ func (e *endpoint) refused(l *lifeline, q call, req *http.Request, resp *http.Re
 	}
 	failed := e.refusal(q.op, resp.StatusCode, resp.Header, body, req.Header)
 	if isRefusal(failed) {
-		e.breaks.Add(1)
+		e.lines.breaks.Add(1)
 	}
 	switch {
 	case strings.Contains(resp.Header.Get("Location"), pendingMark):
@@ -1194,7 +1309,7 @@ func (b *incoming) Read(p []byte) (int, error) {
 		failed.Category = CategoryNetwork
 	}
 	if failed.Category == CategoryNetwork {
-		e.breaks.Add(1)
+		e.lines.breaks.Add(1)
 	}
 	return n, failed
 }

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -535,6 +536,42 @@ func TestS29SeveralJobs(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Jobs that are submitted at once have the client make connections that it does not come to use, and its first requests after a
+// restart come together: that the connections were lost is noticed all the same.
+func TestS29RestartAfterABurst(t *testing.T) {
+	t.Parallel()
+	everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, _ line) {
+		const jobs = 6
+		c := b.bystander()
+		_, err := c.Execute(b.ctx, graphOf(t, "Work", 99))
+		require.NoError(t, err)
+		for round := range 5 {
+			var wg sync.WaitGroup
+			var handles [jobs]*comfyui.Job
+			for i := range jobs {
+				wg.Go(func() {
+					var err error
+					handles[i], err = c.Submit(b.ctx, graphOf(t, "Work", round*jobs+i), comfyui.WithJobID(fmt.Sprint(round, "-", i)))
+					assert.NoError(t, err)
+				})
+			}
+			wg.Wait()
+			time.Sleep(5*time.Second + 500*time.Millisecond) // two have ended, and their ends are known
+			b.pod.Restart(0)
+			for i, j := range handles {
+				r, err := j.Wait(b.ctx)
+				succeeded(t, r, err)
+				ends := 0
+				for _, p := range b.mine(fmt.Sprint(round, "-", i)) {
+					assert.Equal(t, 1, p.Posts)
+					ends += p.Ends
+				}
+				assert.Equal(t, 1, ends)
+			}
+		}
+	})
 }
 
 // A workflow that kills the pod must not kill it for ever: lost twice is lost.

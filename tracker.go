@@ -92,7 +92,7 @@ type podView struct {
 	heard        bool      // the stream brought more than its greeting since it came up
 	everUp       bool
 	refusedAt    time.Time // when the pod last refused a connection or a proxy said that it is not there
-	proven       int64     // endpoint.breaks when the process was last known to be the one before
+	proven       int64     // endpoint.lines.breaks when the process was last known to be the one before
 	contactAt    time.Time // when the pod last answered
 	silentSince  time.Time // the first failure since then; zero: none
 	incarnation  int       // raised by every restart that is proven
@@ -305,7 +305,7 @@ type tracked struct {
 	seenAt      time.Time // when the pod was last known to have the attempt
 	movedAt     time.Time // when the attempt last moved
 	incarnation int       // of the pod in which it was last seen
-	breaks      int64     // endpoint.breaks when it was last seen by a call
+	breaks      int64     // endpoint.lines.breaks when it was last seen by a call
 	sighted     bool      // seen there by this client since it drives the job
 	hearsay     bool      // only a former owner's record says that the pod has it
 	witnesses   []string  // what the pod had then, see podView.witnesses
@@ -561,7 +561,7 @@ func (t *tracker) onPod(j *tracked, now time.Time) {
 		t.inFlight++
 	}
 	j.seenAt, j.incarnation = now, t.pod.incarnation
-	j.sighted, j.hearsay, j.witnesses, j.breaks = false, false, t.pod.witnesses(), t.endpoint.breaks.Load()
+	j.sighted, j.hearsay, j.witnesses, j.breaks = false, false, t.pod.witnesses(), t.endpoint.lines.breaks.Load()
 	if j.rec.ClientID != t.opts.clientID {
 		t.adopt(j.rec.ClientID)
 	}
