@@ -31,10 +31,7 @@ import (
 	"github.com/comfypod/comfyui/comfyuitest"
 )
 
-var (
-	kills    = flag.Int("kills", 30, "how many processes TestKill kills")
-	killSeed = flag.Uint64("seed", 1, "seed of TestKill")
-)
+var kills = flag.Int("kills", 30, "how many processes TestKill kills")
 
 // TestKill kills worker processes with SIGKILL while they run jobs on a pod, with their records in Redis, and has others recover
 // the jobs. Half of the kills come at every step in turn (right before or after the n-th write to Redis or to the pod, or after
@@ -59,7 +56,7 @@ func TestKill(t *testing.T) {
 	wg.Wait()
 	s := &h.sum
 	t.Logf("seed %d: %d jobs, %d kills (%d at a step, %d at random, %d of a rival), %d stopped past the lease; %d ended right, %d run twice, %d lost; %d posted twice and removed in time",
-		*killSeed, s.jobs, s.stepKills+s.randomKills+s.rivalKills, s.stepKills, s.randomKills, s.rivalKills, s.stops, s.right, s.twice, s.lost, s.reposted)
+		*seed, s.jobs, s.stepKills+s.randomKills+s.rivalKills, s.stepKills, s.randomKills, s.rivalKills, s.stops, s.right, s.twice, s.lost, s.reposted)
 	require.Zero(t, s.lost, "lost")
 	require.Zero(t, s.twice, "run twice")
 	require.Equal(t, s.jobs, s.right, "ended right")
@@ -101,7 +98,7 @@ type lane struct {
 
 func (h *killer) newLane(n, lanes int) *lane {
 	l := &lane{
-		killer: h, n: n, lanes: lanes, rng: rand.New(rand.NewPCG(*killSeed, uint64(n))), //nolint:gosec // repeatable is the point
+		killer: h, n: n, lanes: lanes, rng: rand.New(rand.NewPCG(*seed, uint64(n))), //nolint:gosec // repeatable is the point
 		prefix: fmt.Sprintf("kill-%d", n),
 	}
 	l.pod = comfyuitest.Start(h.t,
