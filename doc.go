@@ -68,7 +68,7 @@
 // begins, and is 1 only for a job that succeeded. It has the running node with class and title, its step, the place in the
 // queue and an estimate of the time left.
 //
-// [Job.Events] is a sequence that begins with a snapshot and ends with the job's end:
+// [Job.Events] is a sequence that begins with a snapshot and ends with the job's end, also when another process drives the job:
 //
 //	for event := range job.Events(ctx) {
 //		fmt.Printf("%s %.0f%% %s\n", event.Kind, 100*event.Progress.Fraction, event.Progress.NodeTitle)
@@ -123,6 +123,12 @@
 //
 // Any store can be used that passes the suite in comfyuitest/storetest. docs/recovery.md in the repository has the data model in Redis,
 // each point at which a process can die, and what to monitor.
+//
+// # Many pods
+//
+// One client drives one pod; clients of several pods share one Store, under names that differ ([WithPodName]). The program chooses the pod of each
+// job, by [PodClient.Health] for example. A job stays with its pod: another pod's client gets [ErrOtherPod] until the job has ended, and
+// its stored end afterwards.
 //
 // # Health
 //
