@@ -178,8 +178,7 @@ func (o *options) parseBase(baseURL string) error {
 func WithPodName(name string) Option { return func(o *options) { o.name = name } }
 
 // WithHTTPClient sets the HTTP client. It is copied: redirects are the library's own business, and its Timeout is not applied
-// to bodies (Timing.Request and Timing.BodyIdle are). Two clients of one pod should not share a Transport: a connection that was
-// lost is a sign of a restart, and only the one that comes upon it sees that.
+// to bodies (Timing.Request and Timing.BodyIdle are).
 func WithHTTPClient(c *http.Client) Option { return func(o *options) { o.httpClient = c } }
 
 // WithDialer sets the WebSocket dialer. The default is made from the HTTP client's *http.Transport (TLS, proxy, dial) and Jar.
