@@ -184,7 +184,7 @@ func WithHTTPClient(c *http.Client) Option { return func(o *options) { o.httpCli
 // WithDialer sets the WebSocket dialer. The default is made from the HTTP client's *http.Transport (TLS, proxy, dial) and Jar.
 func WithDialer(d *websocket.Dialer) Option { return func(o *options) { o.dialer = d } }
 
-// WithHeader sets a header of every HTTP request and WebSocket handshake.
+// WithHeader sets a header of every HTTP request and WebSocket handshake. Content-Type and Accept-Encoding stay the library's business.
 func WithHeader(name, value string) Option { return func(o *options) { o.header.Set(name, value) } }
 
 // WithHeaderFunc adds headers that are asked for at each request and dial, such as short-lived tokens. An error of f fails

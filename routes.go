@@ -720,13 +720,6 @@ func (e *endpoint) request(l *lifeline, q call, reached *connection) (*http.Requ
 		return nil, &Error{Op: q.op, Pod: e.opts.name, Category: CategoryValidation, Err: withoutURL(err)}
 	}
 	req.Header.Set("Accept", "application/json, */*;q=0.5")
-	if q.body != nil {
-		q.body.moved, q.body.over = l.extend, l.ctx.Done()
-		q.body.attach(req)
-	}
-	for name, values := range q.header {
-		req.Header[name] = values
-	}
 	if err := e.authorize(l.ctx, req.Header); err != nil {
 		if cut := l.cut(); cut != nil {
 			return nil, cut
@@ -736,6 +729,14 @@ func (e *endpoint) request(l *lifeline, q call, reached *connection) (*http.Requ
 	if host := req.Header.Get("Host"); host != "" {
 		req.Host = host
 		req.Header.Del("Host")
+	}
+	// What describes the message is not the options' to say, though they may have been copied from a browser: a transport reads no
+	// compressed answer that it did not ask for itself.
+	req.Header.Del("Accept-Encoding")
+	maps.Copy(req.Header, q.header)
+	if q.body != nil {
+		q.body.moved, q.body.over = l.extend, l.ctx.Done()
+		q.body.attach(req)
 	}
 	return req, nil
 }

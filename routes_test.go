@@ -1359,6 +1359,43 @@ func TestHeaders(t *testing.T) {
 	require.ErrorIs(t, err, broken)
 }
 
+// Headers that were copied from elsewhere do not change what the package itself says of its requests.
+func TestHeadersOfTheMessageAreTheLibrarys(t *testing.T) {
+	t.Parallel()
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/upload/image":
+			_, header, err := r.FormFile("image")
+			if assert.NoError(t, err) {
+				_, _ = fmt.Fprintf(w, `{"name":%q}`, header.Filename)
+			}
+		case "/queue":
+			assert.Equal(t, "gzip", r.Header.Get("Accept-Encoding"), "what the transport can read")
+			w.Header().Set("Content-Encoding", "gzip")
+			z := gzip.NewWriter(w)
+			_, _ = io.WriteString(z, `{"queue_running":[],"queue_pending":[]}`)
+			_ = z.Close()
+		case "/view":
+			assert.Equal(t, "identity", r.Header.Get("Accept-Encoding"))
+			assert.Empty(t, r.Header.Get("Range"))
+			_, _ = io.WriteString(w, "pixels")
+		case "/custom":
+			assert.Equal(t, "application/json", r.Header.Get("Content-Type"))
+		}
+	}, noRetry(), WithHeader("Content-Type", "text/plain"), WithHeader("Accept-Encoding", "gzip, deflate, br"), WithHeader("Accept", "text/html"))
+	ref, err := c.Upload(t.Context(), "a.png", strings.NewReader("x"))
+	require.NoError(t, err)
+	assert.Equal(t, "a.png", ref.Filename)
+	_, err = c.Queue(t.Context())
+	require.NoError(t, err)
+	body, err := c.Open(t.Context(), FileRef{Filename: "a.png"})
+	require.NoError(t, err)
+	require.NoError(t, body.Close())
+	resp, err := c.Do(t.Context(), http.MethodPost, "/custom", nil, map[string]int{"a": 1})
+	require.NoError(t, err)
+	require.NoError(t, resp.Body.Close())
+}
+
 func TestHeaderFuncIsBounded(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
