@@ -1770,10 +1770,12 @@ func (e *endpoint) interrupt(ctx context.Context, promptID string, confirm func(
 	return e.post(ctx, "interrupt", "/interrupt", body, confirm)
 }
 
-// interruptsByID tells whether the pod heeds the id of an interrupt: since 0.3.57.
+// interruptsByID tells whether the pod heeds the id of an interrupt: since 0.3.57. A pod that cannot say, as after a CUDA fault, is
+// taken for one that does not.
 func (e *endpoint) interruptsByID(ctx context.Context) (bool, error) {
 	version, err := e.version(ctx)
-	if err != nil {
+	var failed *Error
+	if err != nil && !(errors.As(err, &failed) && failed.StatusCode == http.StatusInternalServerError) {
 		return false, err
 	}
 	return atLeast(version, 0, 3, 57), nil

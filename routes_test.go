@@ -1604,6 +1604,8 @@ func TestInterruptHitsNoOtherJob(t *testing.T) {
 		{"bare, something waits", "0.3.56", `[[1,"mine",{},{},[]]],"queue_pending":[[2,"x",{},{},[]]]`, 0, CategoryConflict},
 		{"bare, another runs", "0.3.56", `[[1,"x",{},{},[]]],"queue_pending":[]`, 0, ""},
 		{"bare, nothing runs", "", `[],"queue_pending":[]`, 0, ""},
+		{"the GPU is gone, it runs alone", "fault", `[[1,"mine",{},{},[]]],"queue_pending":[]`, 1, ""},
+		{"the GPU is gone, something waits", "fault", `[[1,"mine",{},{},[]]],"queue_pending":[[2,"x",{},{},[]]]`, 0, CategoryConflict},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -1611,6 +1613,10 @@ func TestInterruptHitsNoOtherJob(t *testing.T) {
 			c := serve(t, func(w http.ResponseWriter, r *http.Request) {
 				switch r.URL.Path {
 				case "/system_stats":
+					if test.version == "fault" {
+						w.WriteHeader(http.StatusInternalServerError)
+						return
+					}
 					_, _ = fmt.Fprintf(w, `{"system":{"comfyui_version":%q},"devices":[]}`, test.version)
 				case "/queue":
 					_, _ = fmt.Fprintf(w, `{"queue_running":%s}`, test.queue)
