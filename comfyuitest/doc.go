@@ -22,10 +22,14 @@
 //
 // # Faults
 //
-// [Pod.Inject] does things to HTTP requests: an answer that is not the pod's, before or after it handled the request, a lost reply,
-// a reset, a hang, half a body. [Pod.CutStreams] and [Pod.RefuseStreams] spoil sockets. [Pod.Restart] is a crash,
-// [Pod.Freeze] a busy event loop, [Pod.KillWorker] a dead worker thread, [Pod.Interrupt] somebody else.
+// [Pod.Inject] does things to HTTP requests, the one that opens a socket included: an answer that is not the pod's, before or
+// after it handled the request, a lost reply, a reset, a hang, half a body. [Pod.CutStreams] and [Pod.RefuseStreams] spoil sockets,
+// [Pod.SendText] and [Pod.SendBinary] send what no server would. [Pod.Restart] is a crash, [Pod.Freeze] a busy event loop,
+// [Pod.KillWorker] a dead worker thread, [Pod.Interrupt] and [Pod.ClearHistory] are somebody else's doing.
 // [WithHandler] puts a proxy in front, for the rest.
+//
+// What makes no sense, such as a route that no request can match or a negative size, panics: a test must not pass because its
+// fault never came about. What a scripted node does wrong ends the job with an error that says so.
 //
 // The races are the server's own and need no injection: an interrupt that comes too late is lost, a success is told before
 // the history has it, a client that is back on the socket too soon is deaf, one that does not read stalls everyone.
@@ -39,7 +43,8 @@
 // # Time
 //
 // A pod takes no time of its own: only nodes and faults wait, and only as long as they are told to. With [WithPipes] a pod
-// works inside a testing/synctest bubble, where hours pass at once and a forgotten goroutine fails the test:
+// works inside a testing/synctest bubble, where hours pass at once and a goroutine that is left behind fails the test. The pod and
+// its clients must be made inside, and the clients' idle connections closed, or shared with [Pod.Client]:
 //
 //	synctest.Test(t, func(t *testing.T) {
 //		pod := comfyuitest.Start(t, comfyuitest.WithPipes(), comfyuitest.WithNode("Sampler", comfyuitest.Steps(20, time.Hour)))

@@ -7,10 +7,18 @@ import (
 	"io"
 	"net/http"
 	"strings"
+	"testing"
 	"time"
 
 	"github.com/comfypod/comfyui/comfyuitest"
 )
+
+// TestSynctestExamples runs the examples that need a test around them.
+func TestSynctestExamples(t *testing.T) {
+	t.Parallel()
+	t.Run("a day of work", testADayOfWork)
+	t.Run("late request", testLateRequest)
+}
 
 // request sends a body to the pod and returns the answer's, or the error.
 func request(pod *comfyuitest.Pod, method, path, body string) string {
