@@ -101,13 +101,16 @@ func modelClasses(v version) []*class {
 
 // kSamplerInputs: of the samplers the recordings show only how many there are.
 func kSamplerInputs(v version) []input {
-	samplers := 42
-	if v.atLeast(0, 27, 0) {
+	samplers, schedulers := 38, `"normal", "karras", "exponential", "sgm_uniform", "simple", "ddim_uniform", "beta"`
+	if v.atLeast(0, 3, 64) {
+		samplers, schedulers = 42, `"simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal"`
+	}
+	if v.atLeast(0, 8, 0) {
 		samplers = 44
 	}
 	inputs := parseInputs(`{"required": {"model": ["MODEL"], "seed": ` + probeSeed + `, "steps": ["INT", {"default": 20, "min": 1, "max": 10000}],
-		"cfg": ["FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0}], "sampler_name": [["euler"]], "scheduler": [["simple", "sgm_uniform",
-		"karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic", "kl_optimal"],
+		"cfg": ["FLOAT", {"default": 8.0, "min": 0.0, "max": 100.0}], "sampler_name": [["euler"]], "scheduler": [[` + schedulers + `,
+		"linear_quadratic", "kl_optimal"],
 		{"tooltip": "The scheduler controls how noise is gradually removed to form the image."}],
 		"positive": ["CONDITIONING"], "negative": ["CONDITIONING"], "latent_image": ["LATENT"],
 		"denoise": ["FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0}]}}`)
