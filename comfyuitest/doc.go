@@ -7,7 +7,7 @@
 // It speaks ComfyUI's HTTP routes and its WebSocket, message for message: the order of the frames of a job, who receives which,
 // previews, cached runs, expansions, blocked outputs, validation and its answers, the queue's order, history, jobs, files. It does
 // so as the release of [WithVersion] does, from 0.3.40 on, with that release's faults. The package's own tests replay recordings of
-// 0.3.64, 0.27.0 and 0.33.0; what differs in other releases follows the history of the server's source.
+// 0.3.40, 0.3.64, 0.8.0, 0.27.0 and 0.33.0; what differs in other releases follows the history of the server's source.
 //
 // # Nodes
 //
