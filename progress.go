@@ -700,6 +700,10 @@ func (e *emitter) end(status Status, err *Error) {
 	kind := EventSucceeded
 	switch status {
 	case StatusSucceeded:
+		for _, n := range e.s.attempt.nodes { // without progress_state nothing else tells it of an expansion or of a last node without output
+			n.done = true
+		}
+		e.s.sum()
 		p.Fraction, p.QueueAhead = 1, 0
 	case StatusCancelled:
 		kind = EventCancelled
