@@ -645,6 +645,13 @@ func (s *submission) body() ([]byte, error) {
 	return b.Bytes(), nil
 }
 
+// marker is what extra_data holds under markerKey.
+type marker struct {
+	JobID   string `json:"job_id"`
+	Attempt int    `json:"attempt"`
+	Nonce   string `json:"nonce"`
+}
+
 // extraData is the caller's, the secrets, and the marker.
 func (s *submission) extraData() ([]byte, error) {
 	extra := map[string]any{}
@@ -661,7 +668,7 @@ func (s *submission) extraData() ([]byte, error) {
 		extra["api_key_comfy_org"] = key
 	}
 	maps.Copy(extra, s.secrets)
-	extra[markerKey] = map[string]any{"job_id": s.rec.JobID, "attempt": s.rec.Attempt, "nonce": uuid.NewString()}
+	extra[markerKey] = marker{JobID: s.rec.JobID, Attempt: s.rec.Attempt, Nonce: uuid.NewString()}
 	return json.Marshal(extra)
 }
 

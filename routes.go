@@ -715,10 +715,12 @@ func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error)
 
 func (e *endpoint) request(l *lifeline, q call, reached *connection) (*http.Request, error) {
 	ctx := httptrace.WithClientTrace(l.ctx, reached.trace())
-	req, err := http.NewRequestWithContext(ctx, q.method, e.url(q.path, q.query).String(), nil)
+	req, err := http.NewRequestWithContext(ctx, q.method, "", nil)
 	if err != nil {
 		return nil, &Error{Op: q.op, Pod: e.opts.name, Category: CategoryValidation, Err: withoutURL(err)}
 	}
+	req.URL = e.url(q.path, q.query)
+	req.Host = req.URL.Host
 	req.Header.Set("Accept", "application/json, */*;q=0.5")
 	if err := e.authorize(l.ctx, req.Header); err != nil {
 		if cut := l.cut(); cut != nil {

@@ -54,7 +54,7 @@ type tracker struct {
 	cancel  context.CancelCauseFunc
 	wg      sync.WaitGroup
 	stopped chan struct{} // closed when run has ended
-	sooner  chan struct{} // holds a token when something is due before what the clock was set for
+	timer   *time.Timer   // run waits for it
 	prompts promptSet
 	hook    *callback // Hooks.Event; nil: none
 	gauges  gauges
@@ -64,7 +64,7 @@ type tracker struct {
 	// mu guards what is below, and the jobs.
 	mu       sync.Mutex
 	closed   bool
-	clock    time.Time // what run's timer is set for; zero: nothing
+	clock    time.Time // what the timer is set for; zero: nothing
 	jobs     map[string]*tracked
 	byPrompt map[string]*tracked
 	wakes    wakeHeap
@@ -131,13 +131,13 @@ func newTracker(c *PodClient) *tracker {
 	t := &tracker{
 		client: c, opts: c.opts, timing: c.opts.timing, endpoint: c.endpoint, retrier: c.retrier, counters: c.counters,
 		store: c.opts.store, owner: uuid.NewString(), ctx: ctx, cancel: cancel, stopped: make(chan struct{}),
-		sooner: make(chan struct{}, 1), jobs: map[string]*tracked{}, byPrompt: map[string]*tracked{},
+		timer: time.NewTimer(time.Hour), jobs: map[string]*tracked{}, byPrompt: map[string]*tracked{},
 		adopted: map[string]*stream{}, current: map[*stream]string{},
 	}
 	_, t.inMemory = t.store.(*MemoryStore)
 	t.prompts.ids = map[string]struct{}{}
-	t.posting, t.errand, t.writing = &crew{t: t, limit: posters}, &crew{t: t, limit: errands}, &crew{t: t, limit: writers}
-	t.asking, t.watching, t.renewal = &crew{t: t, limit: askers}, &crew{t: t, limit: watchers}, &crew{t: t, limit: 1}
+	t.posting, t.errand, t.writing = newCrew(t, posters), newCrew(t, errands), newCrew(t, writers)
+	t.asking, t.watching, t.renewal = newCrew(t, askers), newCrew(t, watchers), newCrew(t, 1)
 	t.pod = podView{stream: StreamIdle, remaining: -1, highest: math.Inf(-1), fingerprints: true}
 	t.gauges.stream.Store(StreamIdle)
 	if f := c.opts.hooks.Event; f != nil {
@@ -165,8 +165,7 @@ func (t *tracker) stop() {
 // run is the clock: it does what is due until the tracker is stopped.
 func (t *tracker) run() {
 	defer close(t.stopped)
-	timer := time.NewTimer(time.Hour)
-	defer timer.Stop()
+	defer t.timer.Stop()
 	for {
 		select {
 		case <-t.ctx.Done():
@@ -174,20 +173,12 @@ func (t *tracker) run() {
 			t.abandon()
 			t.mu.Unlock()
 			return
-		case <-timer.C:
+		case <-t.timer.C:
 			t.mu.Lock()
+			t.clock = time.Time{}
 			t.wake(time.Now())
+			t.setClock()
 			t.mu.Unlock()
-		case <-t.sooner:
-		}
-		t.mu.Lock()
-		t.clock = t.nextWake()
-		next := t.clock
-		t.mu.Unlock()
-		if next.IsZero() {
-			timer.Stop()
-		} else {
-			timer.Reset(max(0, time.Until(next)))
 		}
 	}
 }
@@ -204,46 +195,94 @@ func (t *tracker) tell(f func()) bool {
 	return true
 }
 
-// setClock wakes run when something is due before what its timer is set for.
+// setClock sets the timer for what is due before what it is set for. It is never set back: run finds out by itself that there is
+// nothing to do yet, which is rarer than that the next appointment moves.
 func (t *tracker) setClock() {
 	if next := t.nextWake(); !next.IsZero() && (t.clock.IsZero() || next.Before(t.clock)) {
-		signal(t.sooner)
+		t.clock = next
+		t.timer.Reset(time.Until(next))
 	}
 }
 
-// crew runs work on a bounded number of goroutines, first come, first served. What the work returns is told to the tracker.
+// crew runs work on a bounded number of goroutines, first come, first served. What the work returns is told to the tracker. A
+// goroutine that has nothing to do stays for a moment: the next job of a row finds it with its stack grown.
 type crew struct {
 	t     *tracker
 	limit int
+	ready chan task // for those who wait
 
-	mu    sync.Mutex
-	busy  int
-	queue []func(context.Context) func()
+	mu      sync.Mutex
+	workers int // goroutines
+	waiting int // of these, those that wait and have not been given anything
+	queue   []task
 }
 
-func (c *crew) do(work func(context.Context) func()) {
+// task is some work; it returns what is to be told, or nil.
+type task func(context.Context) func()
+
+// crewLinger is how long a goroutine without work stays.
+const crewLinger = 100 * time.Millisecond
+
+func newCrew(t *tracker, limit int) *crew {
+	return &crew{t: t, limit: limit, ready: make(chan task, limit)}
+}
+
+func (c *crew) do(work task) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.busy == c.limit {
+	switch {
+	case c.waiting > 0:
+		c.waiting--
+		c.ready <- work // has room: never more than were waiting
+	case c.workers < c.limit:
+		c.workers++
+		c.t.wg.Go(func() { c.run(work) })
+	default:
 		c.queue = append(c.queue, work)
-		return
 	}
-	c.busy++
-	c.t.wg.Go(func() {
-		for work != nil {
-			if after := work(c.t.ctx); after != nil {
-				c.t.tell(after)
-			}
-			work = c.next()
-		}
-	})
 }
 
-func (c *crew) next() func(context.Context) func() {
+func (c *crew) run(work task) {
+	idle := time.NewTimer(crewLinger)
+	defer idle.Stop()
+	for work != nil {
+		if after := work(c.t.ctx); after != nil {
+			c.t.tell(after)
+		}
+		work = c.next(idle)
+	}
+}
+
+// next is what to do now; nil: end.
+func (c *crew) next(idle *time.Timer) task {
+	if work := c.queued(); work != nil {
+		return work
+	}
+	idle.Reset(crewLinger)
+	select {
+	case work := <-c.ready:
+		return work
+	case <-idle.C:
+	case <-c.t.ctx.Done():
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	select {
+	case work := <-c.ready: // given at the last moment
+		return work
+	default:
+	}
+	c.waiting--
+	c.workers--
+	return nil
+}
+
+// queued takes the first of the queue; nil: there is none, and the caller counts as one who waits.
+func (c *crew) queued() task {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if len(c.queue) == 0 {
-		c.busy--
+		c.waiting++
 		return nil
 	}
 	work := c.queue[0]

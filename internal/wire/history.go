@@ -14,7 +14,7 @@ type HistoryEntry struct {
 	Status      string // status_str: "success" or "error", also when interrupted; "" when status is null
 	Completed   bool
 	Messages    []HistoryMessage
-	RawMessages []json.RawMessage // the same, as [name, data]
+	RawMessages []json.RawMessage // the same, as [name, data]; only withGraphs
 	Outputs     []NodeOutput      // in the order of the JSON
 	Graph       json.RawMessage   // only withGraphs
 	ExtraData   json.RawMessage   // only withGraphs
@@ -55,8 +55,8 @@ func (m *Message) Terminal() bool {
 // Blocked tells whether the failure is an output that an ExecutionBlocker held back: the job goes on.
 func (f *Failure) Blocked() bool { return f.ExceptionType == "ExecutionBlocked" }
 
-// History reads the answer to GET /history or /history/{id}, in the order of the JSON: the oldest first. Graphs are passed over
-// unless withGraphs. An entry that is no object makes the answer ErrMalformed; what is not as expected within one is taken as absent.
+// History reads the answer to GET /history or /history/{id}, in the order of the JSON: the oldest first. Graphs and raw messages
+// are passed over unless withGraphs. An entry that is no object makes the answer ErrMalformed; what is not as expected within one is taken as absent.
 func History(body []byte, withGraphs bool) ([]HistoryEntry, error) {
 	d := borrow()
 	defer d.giveBack()
@@ -91,7 +91,7 @@ func (d *Decoder) historyEntry(withGraphs bool) HistoryEntry {
 		case "outputs":
 			e.Outputs = d.nodeOutputs()
 		case "status":
-			d.historyStatus(&e)
+			d.historyStatus(&e, withGraphs)
 		default:
 			s.skip()
 		}
@@ -99,7 +99,7 @@ func (d *Decoder) historyEntry(withGraphs bool) HistoryEntry {
 	return e
 }
 
-func (d *Decoder) historyStatus(e *HistoryEntry) {
+func (d *Decoder) historyStatus(e *HistoryEntry, withRaw bool) {
 	s := &d.s
 	e.Status, e.Completed, e.Messages, e.RawMessages = "", false, nil, nil
 	if !s.object() {
@@ -112,22 +112,28 @@ func (d *Decoder) historyStatus(e *HistoryEntry) {
 		case "completed":
 			e.Completed = s.boolean()
 		case "messages":
-			e.Messages, e.RawMessages = d.messages()
+			e.Messages, e.RawMessages = d.messages(withRaw)
 		default:
 			s.skip()
 		}
 	}
 }
 
-func (d *Decoder) messages() (messages []HistoryMessage, raw []json.RawMessage) {
+// messages reads the list; as a rule it holds three: start, cached, and the end.
+func (d *Decoder) messages(withRaw bool) (messages []HistoryMessage, raw []json.RawMessage) {
 	s := &d.s
 	if !s.list() {
 		return nil, nil
 	}
 	for s.elem() && s.take() {
+		if messages == nil {
+			messages = make([]HistoryMessage, 0, 3)
+		}
 		start := s.i
 		messages = append(messages, d.message())
-		raw = append(raw, s.copyFrom(start))
+		if withRaw {
+			raw = append(raw, s.copyFrom(start))
+		}
 	}
 	return messages, raw
 }

@@ -106,7 +106,7 @@ func TestHistoryMalformed(t *testing.T) {
 
 func TestHistoryOfOddMessages(t *testing.T) {
 	t.Parallel()
-	entries, err := History([]byte(`{"a": {"status": {"messages": [null, [], ["x"], [1, 2], ["execution_error"], ["execution_interrupted", 3, 4], {"a": 1}]}}}`), false)
+	entries, err := History([]byte(`{"a": {"status": {"messages": [null, [], ["x"], [1, 2], ["execution_error"], ["execution_interrupted", 3, 4], {"a": 1}]}}}`), true)
 	require.NoError(t, err)
 	require.Len(t, entries, 1)
 	e := entries[0]

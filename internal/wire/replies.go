@@ -53,7 +53,7 @@ func DecodeJob(body []byte) (Job, error) {
 			j.Failure = d.jobFailure()
 		case "execution_status":
 			ended = s.at() == '{'
-			d.historyStatus(&j.History)
+			d.historyStatus(&j.History, false)
 		case "workflow":
 			item = d.jobWorkflow()
 		default:

@@ -90,7 +90,6 @@ func TestDecodeJob(t *testing.T) {
 			Messages: []Message{{
 				Type: ExecutionError, Name: "execution_error", Node: "1", Remaining: -1, Failure: &Failure{NodeID: "1", ExceptionType: "E"},
 			}},
-			RawMessages: []json.RawMessage{json.RawMessage(`["execution_error", {"node_id": "1", "exception_type": "E"}]`)},
 		},
 	}, failed)
 	for _, body := range []string{``, `{}`, `null`, `{"error": "Job not found"}`, `{"id": "p"}`, `{"status": "pending"}`, `{"id": "", "status": "x"}`, `{"id": "p", "status": "x"`, `<html>`} {
