@@ -560,3 +560,49 @@ func BenchmarkFollowed(b *testing.B) {
 		f.CloseClientConnections()
 	}
 }
+
+// BenchmarkPolledEnd measures the time from the end of a job on the pod to the return of Wait while sockets are refused for good:
+// at most Timing.Poll and one round trip.
+func BenchmarkPolledEnd(b *testing.B) {
+	const poll = 20 * time.Millisecond
+	ended := make(chan time.Time, 1)
+	pod := comfyuitest.Start(b, comfyuitest.WithNode("Quick", comfyuitest.Node{
+		Output: true,
+		Run: func(ctx context.Context, c *comfyuitest.Call) error {
+			select { // ends somewhere between two looks
+			case <-time.After(poll + time.Duration(rand.Int64N(int64(poll)))):
+			case <-ctx.Done():
+			}
+			c.Put("text", "done")
+			return nil
+		},
+	}))
+	pod.RefuseStreams(http.StatusForbidden)
+	c, err := NewPodClient(pod.URL(), WithTiming(Timing{Poll: poll}))
+	if err != nil {
+		b.Fatal(err)
+	}
+	defer c.Close()
+	var took []time.Duration
+	for i := 0; b.Loop(); i++ {
+		w, err := ParseWorkflow(fmt.Appendf(nil, `{"1":{"class_type":"Quick","inputs":{"seed":%d}}}`, i))
+		if err != nil {
+			b.Fatal(err)
+		}
+		j, err := c.Submit(b.Context(), w)
+		if err != nil {
+			b.Fatal(err)
+		}
+		go func() {
+			_ = pod.WaitIdle(b.Context())
+			ended <- time.Now()
+		}()
+		if _, err := j.Wait(b.Context()); err != nil {
+			b.Fatal(err)
+		}
+		took = append(took, time.Since(<-ended))
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2])/float64(poll), "polls-p50")
+	b.ReportMetric(float64(took[len(took)*99/100])/float64(poll), "polls-p99")
+}
