@@ -96,7 +96,8 @@ func TestRedisStoreOnAFullRedis(t *testing.T) {
 		require.NoError(t, err)
 		return r
 	}
-	running, failing, free := create("running"), create("failing"), create("free")
+	running, failing := create("running"), create("failing")
+	create("free")
 	failing.Rev++
 	failing.Progress.Status = comfyui.StatusFailed
 	failing, err := s.Update(ctx, failing)
@@ -113,7 +114,7 @@ func TestRedisStoreOnAFullRedis(t *testing.T) {
 	lost, err := s.Renew(ctx, "a", 2*time.Hour, []string{"running"})
 	require.NoError(t, err)
 	assert.Empty(t, lost)
-	free, err = s.Claim(ctx, "free", "b", time.Hour)
+	free, err := s.Claim(ctx, "free", "b", time.Hour)
 	require.NoError(t, err)
 	assert.EqualValues(t, 2, free.Epoch)
 	require.NoError(t, s.Release(ctx, "b", []string{"free"}))
