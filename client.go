@@ -881,7 +881,7 @@ func (c *PodClient) claimHeld(ctx context.Context, t *tracker, rec *Record) clai
 }
 
 // claimersAtOnce is how many claims of Recover are under way at one time: each takes a round trip.
-const claimersAtOnce = 8
+const claimersAtOnce = 16
 
 // claims makes the claims and yields what became of them. What was claimed when the loop ends is given back.
 func claims(ctx context.Context, t *tracker, recs iter.Seq2[*Record, error], claim claimer) iter.Seq[claimed] {

@@ -1,6 +1,7 @@
 package comfyui_test
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"sync"
@@ -10,6 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/comfypod/comfyui"
+	"github.com/comfypod/comfyui/comfyuitest"
 )
 
 // benchWorkflow is a text-to-image graph with n sampler stages; 8 stages are some 8 KiB.
@@ -62,6 +64,132 @@ func BenchmarkRedisStoreUnfinished(b *testing.B) {
 			}
 		})
 	}
+}
+
+// What a process that starts takes to reconcile the jobs of a dead one with their pod, over loopback: until it drives all of them and
+// knows where each stands now.
+func BenchmarkRecover(b *testing.B) {
+	const jobs = 9_900 // the history of a pod holds 10,000
+	for _, meanwhile := range []string{"they moved up in the queue", "they ended"} {
+		b.Run(fmt.Sprintf("jobs=%d/%s", jobs, meanwhile), func(b *testing.B) {
+			for b.Loop() {
+				b.StopTimer()
+				orphans := newOrphans(b, jobs)
+				if meanwhile == "they ended" {
+					close(orphans.gate)
+					require.NoError(b, orphans.pod.WaitIdle(b.Context()))
+				} else {
+					orphans.moveUp(b, jobs)
+				}
+				heir := orphans.client(b)
+				b.StartTimer()
+				var found []*comfyui.Job
+				for j, err := range heir.Recover(b.Context()) {
+					require.NoError(b, err)
+					found = append(found, j)
+				}
+				recovered := b.Elapsed()
+				require.Len(b, found, jobs)
+				for _, j := range found {
+					if meanwhile == "they ended" {
+						r, err := j.Wait(b.Context())
+						require.NoError(b, err)
+						require.Equal(b, comfyui.StatusSucceeded, r.Status)
+						continue
+					}
+					for range j.Events(b.Context()) {
+						ahead, waits := orphans.ahead[j.PromptID()]
+						if p := j.Progress(); p.Status.Terminal() || p.Status == comfyui.StatusRunning || waits && p.QueueAhead == ahead {
+							break
+						}
+					}
+				}
+				b.StopTimer()
+				b.Logf("claimed after %v, reconciled after %v", recovered, b.Elapsed()) // of all rounds so far
+				if meanwhile != "they ended" {
+					close(orphans.gate)
+				}
+				require.NoError(b, heir.Close())
+				orphans.pod.Close()
+				b.StartTimer()
+			}
+		})
+	}
+}
+
+// orphans are jobs in the queue of a pod, whose process is gone.
+type orphans struct {
+	pod   *comfyuitest.Pod
+	store *comfyui.RedisStore
+	gate  chan struct{}  // holds the queue up: one token lets one job pass
+	ahead map[string]int // by prompt, once one has passed
+}
+
+func newOrphans(b *testing.B, jobs int) *orphans {
+	b.Helper()
+	o := &orphans{gate: make(chan struct{}), ahead: map[string]int{}}
+	o.pod = comfyuitest.NewPod(
+		comfyuitest.WithNode("Gate", comfyuitest.Node{Output: true, Run: func(ctx context.Context, _ *comfyuitest.Call) error {
+			select {
+			case <-o.gate:
+			case <-ctx.Done():
+			}
+			return nil
+		}}),
+		comfyuitest.WithNode("Work", comfyuitest.Node{Output: true, Run: func(_ context.Context, c *comfyuitest.Call) error {
+			c.Put("text", "done")
+			return nil
+		}}),
+	)
+	o.store = newRedisStore(b, startRedis(b).client(b, nil))
+	former := o.client(b)
+	submit := func(class string, seed int) {
+		w, err := comfyui.ParseWorkflow(fmt.Appendf(nil, `{"1":{"class_type":%q,"inputs":{"seed":%d}}}`, class, seed))
+		if err == nil {
+			_, err = former.Submit(b.Context(), w)
+		}
+		if err != nil {
+			b.Error(err)
+		}
+	}
+	submit("Gate", 0)
+	submit("Gate", 1)
+	var makers sync.WaitGroup
+	for m := range 16 {
+		makers.Go(func() {
+			for n := m; n < jobs-2; n += 16 {
+				submit("Work", n)
+			}
+		})
+	}
+	makers.Wait()
+	require.NoError(b, former.Close())
+	return o
+}
+
+// moveUp lets one job pass.
+func (o *orphans) moveUp(b *testing.B, jobs int) {
+	b.Helper()
+	o.gate <- struct{}{}
+	c := o.client(b)
+	defer func() { _ = c.Close() }()
+	for {
+		q, err := c.Queue(b.Context())
+		require.NoError(b, err)
+		if len(q.Running) == 1 && len(q.Pending) == jobs-2 {
+			for i, item := range q.Pending {
+				o.ahead[item.PromptID] = i + 1
+			}
+			return
+		}
+	}
+}
+
+func (o *orphans) client(b *testing.B) *comfyui.PodClient {
+	b.Helper()
+	c, err := comfyui.NewPodClient(o.pod.URL(), comfyui.WithStore(o.store))
+	require.NoError(b, err)
+	return c
 }
 
 // What the store costs one job: its record made, queued, running and ended.
