@@ -16,6 +16,7 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -42,7 +43,7 @@ var kills = flag.Int("kills", 30, "how many processes TestKill kills")
 func TestKill(t *testing.T) {
 	exe, err := os.Executable()
 	require.NoError(t, err)
-	h := &killer{t: t, exe: exe, redis: startRedis(t)}
+	h := &killer{t: t, exe: exe, redis: startRedis(t), sum: killSum{states: map[string]int{}}}
 	lanes := min(12, max(1, *kills/5))
 	var wg sync.WaitGroup
 	for n := range lanes {
@@ -57,6 +58,12 @@ func TestKill(t *testing.T) {
 	s := &h.sum
 	t.Logf("seed %d: %d jobs, %d kills (%d at a step, %d at random, %d of a rival), %d stopped past the lease; %d ended right, %d run twice, %d lost; %d posted twice and removed in time",
 		*seed, s.jobs, s.stepKills+s.randomKills+s.rivalKills, s.stepKills, s.randomKills, s.rivalKills, s.stops, s.right, s.twice, s.lost, s.reposted)
+	for _, state := range killStates {
+		t.Logf("%5d × a job was %s when its process was killed", s.states[state], state)
+		if *kills >= 500 {
+			assert.NotZero(t, s.states[state], state)
+		}
+	}
 	require.Zero(t, s.lost, "lost")
 	require.Zero(t, s.twice, "run twice")
 	require.Equal(t, s.jobs, s.right, "ended right")
@@ -75,6 +82,12 @@ type killer struct {
 type killSum struct {
 	jobs, right, twice, lost, reposted        int
 	stepKills, randomKills, rivalKills, stops int
+	states                                    map[string]int
+}
+
+// killStates are where a job can be when its process dies, as its record and the pod tell.
+var killStates = []string{
+	"not recorded", "recorded and not posted", "posted, the reply lost", "pending on the pod", "running", "finished and not read", "waiting for its next attempt", "ended",
 }
 
 func (h *killer) add(f func(*killSum)) {
@@ -208,8 +221,7 @@ func (l *lane) killAtStep(plan killPlan) {
 	plan.Site, plan.N = killSites[i%len(killSites)], int64(1+i/len(killSites)%killDepth)
 	child := l.start(plan)
 	if child.killed() {
-		l.left--
-		l.add(func(s *killSum) { s.stepKills++ })
+		l.killedOne(plan, func(s *killSum) { s.stepKills++ })
 	}
 }
 
@@ -218,9 +230,49 @@ func (l *lane) killAtRandom(plan killPlan) {
 	time.Sleep(l.soon())
 	child.signal(syscall.SIGKILL)
 	if child.killed() {
-		l.left--
-		l.add(func(s *killSum) { s.randomKills++ })
+		l.killedOne(plan, func(s *killSum) { s.randomKills++ })
 	}
+}
+
+// killedOne counts a kill, and where it found the jobs.
+func (l *lane) killedOne(plan killPlan, kind func(*killSum)) {
+	l.left--
+	states := make([]string, len(plan.Jobs))
+	prompts := l.pod.Prompts()
+	for i, j := range plan.Jobs {
+		record, err := l.store.Get(context.Background(), j.ID)
+		if errors.Is(err, comfyui.ErrJobNotFound) {
+			states[i] = "not recorded"
+			continue
+		}
+		require.NoError(l.t, err)
+		states[i] = stateOf(j, record, prompts)
+	}
+	l.add(func(s *killSum) {
+		kind(s)
+		for _, state := range states {
+			s.states[state]++
+		}
+	})
+}
+
+func stateOf(j killJob, record *comfyui.Record, prompts []comfyuitest.Prompt) string {
+	at := slices.IndexFunc(prompts, func(p comfyuitest.Prompt) bool { return p.ID == record.PromptID })
+	switch {
+	case record.Progress.Status.Terminal():
+		return "ended"
+	case at < 0 && record.Attempt > 1:
+		return "waiting for its next attempt"
+	case at < 0:
+		return "recorded and not posted"
+	case !record.Accepted:
+		return "posted, the reply lost"
+	case prompts[at].Runs == 0:
+		return "pending on the pod"
+	case prompts[at].Ends > 0 || j.Class == "Memory" && record.Attempt == 1: // which fails at once
+		return "finished and not read"
+	}
+	return "running"
 }
 
 // killRival kills one of two processes that want the same jobs.
@@ -229,14 +281,12 @@ func (l *lane) killRival(plan killPlan) {
 	time.Sleep(l.soon())
 	one.signal(syscall.SIGKILL)
 	if one.killed() {
-		l.left--
-		l.add(func(s *killSum) { s.rivalKills++ })
+		l.killedOne(plan, func(s *killSum) { s.rivalKills++ })
 	}
 	time.Sleep(l.soon())
 	other.signal(syscall.SIGKILL)
 	if other.killed() {
-		l.left--
-		l.add(func(s *killSum) { s.rivalKills++ })
+		l.killedOne(plan, func(s *killSum) { s.rivalKills++ })
 	}
 }
 
