@@ -779,7 +779,8 @@ func (c *PodClient) Recover(ctx context.Context) iter.Seq2[*Job, error] {
 		}
 		ctx, done := c.endpoint.bind(ctx)
 		defer done()
-		held, more := c.recoverSome(ctx, t, t.store.Unfinished(ctx, c.opts.name), c.claimFree, yield)
+		failing := map[string]time.Time{}
+		held, more := c.recoverSome(ctx, t, t.store.Unfinished(ctx, c.opts.name), c.claimFree, failing, yield)
 		for more && len(held) > 0 {
 			timer := time.NewTimer(max(c.opts.timing.Lease/6, 10*time.Millisecond))
 			select {
@@ -787,7 +788,7 @@ func (c *PodClient) Recover(ctx context.Context) iter.Seq2[*Job, error] {
 			case <-ctx.Done():
 				timer.Stop()
 			}
-			held, more = c.recoverSome(ctx, t, withoutErrors(held), c.claimHeld, yield)
+			held, more = c.recoverSome(ctx, t, withoutErrors(held), c.claimHeld, failing, yield)
 		}
 		if more && ctx.Err() != nil {
 			yield(nil, c.storeError(ctx, op, "", nil))
@@ -805,25 +806,40 @@ func withoutErrors(recs []*Record) iter.Seq2[*Record, error] {
 	}
 }
 
-// recoverSome claims records and yields the jobs that it got. held are those that another owner has; more: the caller wants to
-// go on.
-func (c *PodClient) recoverSome(ctx context.Context, t *tracker, recs iter.Seq2[*Record, error], claim claimer, yield func(*Job, error) bool) (held []*Record, more bool) {
+// recoverPatience is how long Recover tries for a job that it saw while the store fails.
+const recoverPatience = 2 * time.Minute
+
+// recoverSome claims records and yields the jobs that it got. held are those that another owner has, and those for which the store
+// has been failing, since when failing says; more: the caller wants to go on.
+func (c *PodClient) recoverSome(ctx context.Context, t *tracker, recs iter.Seq2[*Record, error], claim claimer, failing map[string]time.Time, yield func(*Job, error) bool) (held []*Record, more bool) {
 	const op = "recover"
 	for got := range claims(ctx, t, recs, claim) {
 		switch {
 		case errors.Is(got.err, ErrJobHeld):
+			delete(failing, got.rec.JobID)
 			held = append(held, got.rec)
 			continue
 		case errors.Is(got.err, ErrJobNotFound):
 			continue
 		case got.err != nil && ctx.Err() != nil:
 			return nil, true
-		case got.err != nil:
-			id := ""
-			if got.rec != nil {
-				id = got.rec.JobID
+		case got.err != nil && got.rec == nil: // one that cannot be read, or the walk
+			if !yield(nil, c.storeError(ctx, op, "", got.err)) {
+				return nil, false
 			}
-			if !yield(nil, c.storeError(ctx, op, id, got.err)) {
+			continue
+		case got.err != nil:
+			id := got.rec.JobID
+			err := c.storeError(ctx, op, id, got.err)
+			since, told := failing[id]
+			if err.Category == CategoryStorage && (!told || time.Since(since) < recoverPatience) {
+				held = append(held, got.rec)
+			}
+			if told {
+				continue
+			}
+			failing[id] = time.Now()
+			if !yield(nil, err) {
 				return nil, false
 			}
 			continue
@@ -874,7 +890,9 @@ func (c *PodClient) claimFree(ctx context.Context, t *tracker, rec *Record) clai
 func (c *PodClient) claimHeld(ctx context.Context, t *tracker, rec *Record) claimed {
 	now, err := t.store.Get(ctx, rec.JobID)
 	switch {
-	case errors.Is(err, ErrJobNotFound), err == nil && (now.Progress.Status.Terminal() || now.LeaseUntil.After(rec.LeaseUntil)):
+	case errors.Is(err, ErrJobNotFound), err == nil && now.Progress.Status.Terminal(),
+		// Its own lease is that of a claim whose reply was lost.
+		err == nil && now.LeaseUntil.After(rec.LeaseUntil) && now.Owner != t.owner:
 		return claimed{rec: rec}
 	}
 	return c.claimFree(ctx, t, rec)

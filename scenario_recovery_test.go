@@ -1677,3 +1677,91 @@ func TestS34PodRestartsWhileNobodyLooks(t *testing.T) {
 		})
 	}
 }
+
+// The store is away while Recover waits for the leases of a dead process to run out: that is told, and the jobs are taken over when
+// it is back.
+func TestS35StoreAwayWhileRecoverWaits(t *testing.T) {
+	t.Parallel()
+	for _, away := range []time.Duration{3 * time.Second, time.Minute} {
+		for _, hangs := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%v/hangs=%t", away, hangs), func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(b *bench) {
+					const jobs = 20
+					o, store := &outage{hangs: hangs}, comfyui.NewMemoryStore()
+					p := b.process(store, nil)
+					for n := range jobs {
+						background(b, p, graphOf(t, "Work", n), comfyui.WithJobID(fmt.Sprint("job-", n)))
+					}
+					time.Sleep(time.Second)
+					p.kill()
+					heir := b.client(comfyui.WithStore(storetest.Flaky(store, o.call)))
+					time.AfterFunc(28*time.Second, func() { o.down.Store(true) })
+					time.AfterFunc(28*time.Second+away, func() { o.down.Store(false) })
+					taken, failures := 0, 0
+					for j, err := range heir.Recover(b.ctx) {
+						if err != nil {
+							failures++
+							assert.Equal(t, comfyui.CategoryStorage, comfyui.CategoryOf(err))
+							continue
+						}
+						taken++
+						r, err := j.Wait(b.ctx)
+						succeeded(t, r, err)
+					}
+					assert.Equal(t, jobs, taken)
+					assert.LessOrEqual(t, failures, jobs, "each is told of once")
+					for _, prompt := range b.pod.Prompts() {
+						assert.Equal(t, 1, prompt.Posts)
+						assert.Equal(t, 1, prompt.Runs)
+					}
+				})
+			})
+		}
+	}
+	t.Run("for good", func(t *testing.T) {
+		t.Parallel()
+		bubble(t, func(b *bench) {
+			o, store := &outage{}, comfyui.NewMemoryStore()
+			p := b.process(store, nil)
+			background(b, p, graphOf(t, "Work", 1), comfyui.WithJobID("the-job"))
+			time.Sleep(time.Second)
+			p.kill()
+			heir := b.client(comfyui.WithStore(storetest.Flaky(store, o.call)))
+			time.AfterFunc(5*time.Second, func() { o.down.Store(true) })
+			begun, failures := time.Now(), 0
+			for _, err := range heir.Recover(b.ctx) {
+				require.Error(t, err)
+				failures++
+			}
+			assert.Equal(t, 1, failures)
+			assert.LessOrEqual(t, time.Since(begun), 5*time.Minute, "it ends")
+		})
+	})
+}
+
+// A follower's claim takes effect and its reply is lost: the lease is its own, and it drives the job at once.
+func TestS35ClaimWithoutAReply(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		p := b.process(store, nil)
+		background(b, p, graphOf(t, "Long", 1), comfyui.WithJobID("the-job"))
+		time.Sleep(5 * time.Second)
+		var lost atomic.Bool
+		follower := b.client(comfyui.WithStore(storetest.Flaky(store, func(_ context.Context, method string) (error, bool) {
+			if r, _ := store.Get(b.ctx, "the-job"); method == "Claim" && r.LeaseUntil.Before(time.Now()) && !lost.Swap(true) {
+				return errStoreDown, true
+			}
+			return nil, false
+		})))
+		_, err := follower.Attach(b.ctx, "the-job")
+		require.NoError(t, err)
+		p.kill()
+		for !lost.Load() {
+			time.Sleep(100 * time.Millisecond)
+		}
+		time.Sleep(3 * time.Second)
+		assert.Equal(t, 1, follower.Stats().Owned)
+	})
+}

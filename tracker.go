@@ -1849,7 +1849,8 @@ func (t *tracker) followAlong(j *tracked, now time.Time) {
 	f.busy = true
 	id := j.rec.JobID
 	// An owner that still renews moves the end of its lease; compared with itself, whatever the clocks say.
-	free := f.lease.IsZero() || now.Sub(f.since) > t.timing.Lease+followPeriod
+	// A lease of this client's own is that of a claim whose reply was lost.
+	free := f.lease.IsZero() || now.Sub(f.since) > t.timing.Lease+followPeriod || j.rec.Owner == t.owner
 	claim := !f.since.IsZero() && free && j.rec.Pod == t.opts.name
 	t.watching.do(func(ctx context.Context) func() {
 		asked := time.Now()
