@@ -12,6 +12,8 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -26,6 +28,7 @@ import (
 
 	"github.com/comfypod/comfyui"
 	"github.com/comfypod/comfyui/comfyuitest"
+	"github.com/comfypod/comfyui/comfyuitest/storetest"
 )
 
 // The tests of this file count: so many cuts, lost replies, restarts, cancels; so many missed ends, second runs, wrong hits. Each
@@ -120,7 +123,7 @@ type trial struct {
 
 // trials does so many trials with so many cases each, over all versions and paces. names are the counts that are printed, the
 // first of them that of the cases.
-func trials(t *testing.T, count, each int, names []string, f func(w *trial)) {
+func trials(t *testing.T, count, each int, names []string, f func(w *trial), opts ...comfyuitest.Option) {
 	t.Helper()
 	t.Parallel()
 	sum := &tally{counts: map[string]int{}}
@@ -148,8 +151,10 @@ func trials(t *testing.T, count, each int, names []string, f func(w *trial)) {
 			bubble(t, func(b *bench) {
 				b.ctx, w.bench = b.t.Context(), b
 				f(w)
-			}, comfyuitest.WithVersion(w.release), w.node("Quick", comfyuitest.Steps(0, 0)), w.node("Short", comfyuitest.Steps(3, 50*time.Millisecond)),
-				w.node("Work", comfyuitest.Steps(4, 500*time.Millisecond)), w.node("Long", comfyuitest.Steps(30, time.Second)), w.node("Silent", silent))
+			}, append([]comfyuitest.Option{
+				comfyuitest.WithVersion(w.release), w.node("Quick", comfyuitest.Steps(0, 0)), w.node("Short", comfyuitest.Steps(3, 50*time.Millisecond)),
+				w.node("Work", comfyuitest.Steps(4, 500*time.Millisecond)), w.node("Long", comfyuitest.Steps(30, time.Second)), w.node("Silent", silent),
+			}, opts...)...)
 		})
 	}
 }
@@ -537,7 +542,7 @@ func (w *trial) jobPosts(j *triedJob) (posts, ends int) {
 func TestS29Reliability(t *testing.T) {
 	const each = 5
 	names := []string{
-		"restarts", "jobs lost", "resubmitted once", "lost at most once", "ended before", "ended unread and run again", "not posted before",
+		"restarts", "jobs lost", "resubmitted once", "lost at most once", "without evidence", "ended before", "ended unread and run again", "not posted before",
 		"missed ends", "wrong ends", "posted too often",
 	}
 	trials(t, scaled(500/each, 10), each, names, func(w *trial) {
@@ -549,9 +554,6 @@ func TestS29Reliability(t *testing.T) {
 		client := []func(...comfyui.Option) *comfyui.PodClient{w.client, w.bystander}[w.rng.IntN(2)] // with connections in common or not
 		for n := range 1 + w.rng.IntN(2) {
 			clients = append(clients, client(comfyui.WithTiming(w.pace.timing), comfyui.WithClientID(fmt.Sprint("client-", n))))
-		}
-		if w.rng.IntN(2) == 0 {
-			w.settle(clients)
 		}
 		for range each {
 			w.restartOnce(clients, streams)
@@ -571,6 +573,13 @@ func (w *trial) settle(clients []*comfyui.PodClient) {
 }
 
 func (w *trial) restartOnce(clients []*comfyui.PodClient, streams bool) {
+	down := []time.Duration{0, 0, time.Millisecond, time.Second, 7 * time.Second, time.Minute, 4 * time.Minute}[w.rng.IntN(7)]
+	// Of a process that was never seen to end or to run anything, nothing tells a quick restart from a cleared queue and history.
+	known := down >= time.Minute
+	if w.rng.IntN(3) > 0 {
+		w.settle(clients)
+		known = true
+	}
 	var wg sync.WaitGroup
 	var jobs []*triedJob
 	atMostOnce := map[*triedJob]bool{}
@@ -602,7 +611,6 @@ func (w *trial) restartOnce(clients []*comfyui.PodClient, streams bool) {
 		posts, ends := w.jobPosts(j)
 		was[j] = before{posts, ends}
 	}
-	down := []time.Duration{0, 0, time.Millisecond, time.Second, 7 * time.Second, time.Minute, 4 * time.Minute}[w.rng.IntN(7)]
 	w.pod.Restart(down)
 	wg.Wait()
 	for _, j := range jobs {
@@ -625,6 +633,9 @@ func (w *trial) restartOnce(clients []*comfyui.PodClient, streams bool) {
 				tell("wrong ends", "an end that nobody can know")
 			}
 			continue
+		case lost && !known && again == 0 && errors.Is(err, comfyui.ErrOutcomeUnknown):
+			w.sum.add("without evidence", 1)
+			continue
 		case lost:
 			w.sum.add("jobs lost", 1)
 			if again == 1 {
@@ -644,7 +655,8 @@ func (w *trial) restartOnce(clients []*comfyui.PodClient, streams bool) {
 				w.sum.add("ended unread and run again", 1) // the promise's exception: it died before the result was read
 			case again != 0:
 				tell("posted too often", "it had ended")
-			case err != nil && atMostOnce[j] && !heard && errors.Is(err, comfyui.ErrOutcomeUnknown):
+			case !heard && (atMostOnce[j] || !known) && errors.Is(err, comfyui.ErrOutcomeUnknown):
+				w.sum.add("without evidence", 1) // the same, and nobody can tell
 				continue
 			}
 		}
@@ -652,7 +664,7 @@ func (w *trial) restartOnce(clients []*comfyui.PodClient, streams bool) {
 			tell("wrong ends", "wrong end")
 		}
 	}
-	time.Sleep(w.upTo(time.Minute))
+	time.Sleep(down + w.upTo(time.Minute)) // nothing is submitted to a pod that is not there
 }
 
 // submitNamed submits a job under the trial's own id for it.
@@ -835,5 +847,281 @@ func (w *trial) cancelled(j *triedJob, answer error) {
 	if wrong != "" {
 		w.sum.add("wrong answers", 1)
 		w.t.Errorf("%s: job %s: cancel: %v; wait: %v, %+v; pod: %+v", wrong, j.id, answer, err, r, w.mine(j.id))
+	}
+}
+
+// -------------------------------------------- S35 and S37: the store
+
+// Two processes recover the jobs of a third, which died at a random moment, with a store that answers late, by turns in memory and
+// in Redis: each job has one of them for its owner, and runs once.
+func TestS35Reliability(t *testing.T) {
+	jobs := scaled(1000, 30)
+	names := []string{"jobs", "left to recover", "by one", "by the other", "with two owners", "missed ends", "wrong ends", "run twice"}
+	trials(t, len(versions), jobs, names, func(w *trial) {
+		store, _ := w.store(w.n%2 == 1)
+		late := func(context.Context, string) (err error, after bool) {
+			time.Sleep(time.Duration(rand.Int64N(int64(20 * time.Millisecond)))) //nolint:gosec // any order will do
+			return nil, false
+		}
+		p := w.process(store, nil)
+		for n := range jobs {
+			background(w.bench, p, graphOf(w.t, "Short", n), comfyui.WithJobID(fmt.Sprint("job-", n)))
+		}
+		time.Sleep(time.Duration(w.rng.Int64N(int64(time.Duration(jobs) * 100 * time.Millisecond))))
+		p.kill()
+		var wg sync.WaitGroup
+		owners := make([]map[string]*comfyui.Result, 2)
+		for n := range owners {
+			c := w.client(comfyui.WithStore(storetest.Flaky(store, late)))
+			wg.Go(func() { owners[n] = recoverAll(w.bench, c) })
+		}
+		wg.Wait()
+		w.sum.add("jobs", jobs)
+		w.sum.add("left to recover", len(owners[0])+len(owners[1]))
+		w.sum.add("by one", len(owners[0]))
+		w.sum.add("by the other", len(owners[1]))
+		for id := range owners[0] {
+			if owners[1][id] != nil {
+				w.sum.add("with two owners", 1)
+				w.t.Errorf("job %s has two owners", id)
+			}
+		}
+		// What the first process had not yet recorded is submitted again by whoever wants it.
+		again := w.client(comfyui.WithStore(store))
+		for n := range jobs {
+			r, err := again.Execute(w.ctx, graphOf(w.t, "Short", n), comfyui.WithJobID(fmt.Sprint("job-", n)))
+			if err != nil || r.Status != comfyui.StatusSucceeded {
+				w.sum.add("wrong ends", 1)
+				w.t.Errorf("job %d ended as %+v: %v", n, r, err)
+			}
+		}
+		w.ranOnceEach(jobs)
+	})
+}
+
+// store is a new one; goAway has it refuse or hang until back is called.
+func (w *trial) store(inRedis bool) (s comfyui.Store, goAway func(hang bool) (back func())) {
+	if !inRedis {
+		away := &[2]outage{{}, {hangs: true}} // one at a time
+		fail := func(ctx context.Context, method string) (err error, after bool) {
+			if err, after := away[0].call(ctx, method); err != nil {
+				return err, after
+			}
+			return away[1].call(ctx, method)
+		}
+		return storetest.Flaky(comfyui.NewMemoryStore(), fail), func(hang bool) func() {
+			o := &away[asInt(hang)]
+			o.down.Store(true)
+			return func() { o.down.Store(false) }
+		}
+	}
+	server := newSimRedis()
+	w.t.Cleanup(server.Close)
+	return newRedisStore(w.t, server.client(w.t, nil), comfyui.RedisCallTimeout(5*time.Second)), func(hang bool) func() {
+		if hang {
+			return server.freeze()
+		}
+		return server.stop()
+	}
+}
+
+// ranOnceEach asserts that the pod has had so many prompts, and has run each once.
+func (w *trial) ranOnceEach(jobs int) {
+	w.t.Helper()
+	prompts := w.pod.Prompts()
+	assert.Len(w.t, prompts, jobs)
+	for _, p := range prompts {
+		if p.Runs != 1 || p.Ends != 1 {
+			w.sum.add("run twice", 1)
+			w.t.Errorf("prompt %s ran %d times, to its end %d times", p.ID, p.Runs, p.Ends)
+		}
+	}
+}
+
+// The store is away for a minute, refused or hung, in memory or Redis, while two clients have their jobs on the pod: all end, none
+// is posted again, and all records land.
+func TestS37Reliability(t *testing.T) {
+	jobs := scaled(1000, 40)
+	names := []string{"jobs", "ended while the store was away", "with a storage warning", "wrong ends", "not landed", "run twice"}
+	trials(t, 2*len(versions), jobs, names, func(w *trial) {
+		store, goAway := w.store(w.n%2 == 1)
+		var clients []*comfyui.PodClient
+		for range 2 {
+			clients = append(clients, w.client(comfyui.WithStore(store)))
+		}
+		handles := make([]*comfyui.Job, jobs)
+		for n := range handles {
+			var err error
+			handles[n], err = clients[n%2].Submit(w.ctx, graphOf(w.t, "Share", n), comfyui.WithJobID(fmt.Sprint("job-", n)))
+			require.NoError(w.t, err)
+		}
+		time.Sleep(w.upTo(30 * time.Second))
+		ended := func() (n int) {
+			for _, j := range handles {
+				select {
+				case <-j.Done():
+					n++
+				default:
+				}
+			}
+			return n
+		}
+		before := ended()
+		back := goAway(w.n/2%2 == 1)
+		time.Sleep(time.Minute)
+		w.sum.add("ended while the store was away", ended()-before)
+		back()
+		for n, j := range handles {
+			ctx, cancel := context.WithTimeout(w.ctx, patience)
+			r, err := j.Wait(ctx)
+			cancel()
+			if err != nil || r.Status != comfyui.StatusSucceeded {
+				w.sum.add("wrong ends", 1)
+				w.t.Errorf("job %d ended as %+v: %v", n, r, err)
+				continue
+			}
+			if slices.ContainsFunc(r.Warnings, func(e *comfyui.Error) bool { return e.Category == comfyui.CategoryStorage }) {
+				w.sum.add("with a storage warning", 1)
+			}
+		}
+		time.Sleep(time.Minute)
+		for n := range handles {
+			r, err := store.Get(w.ctx, fmt.Sprint("job-", n))
+			if err != nil || r.Progress.Status != comfyui.StatusSucceeded {
+				w.sum.add("not landed", 1)
+				w.t.Errorf("the record of job %d is %+v, %v", n, r, err)
+			}
+		}
+		for _, c := range clients {
+			assert.Zero(w.t, c.Stats().StorePending)
+		}
+		w.sum.add("jobs", jobs)
+		w.ranOnceEach(jobs)
+	}, comfyuitest.WithNode("Share", comfyuitest.Steps(1, 100*time.Second/time.Duration(jobs))))
+}
+
+// ------------------------------------------------------------- soak
+
+// resources are what a process must not lose hold of.
+type resources struct{ goroutines, descriptors, heap int }
+
+func resourcesNow(t *testing.T) resources {
+	t.Helper()
+	for range 3 { // finalizers and pools take more than one
+		runtime.GC()
+	}
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		entries = nil // not everywhere
+	}
+	return resources{runtime.NumGoroutine(), len(entries), int(m.HeapAlloc)}
+}
+
+// One client does thousands of jobs on a real socket, while sockets are cut, replies lost, jobs cancelled and failing, and pods
+// restarted and replaced; then it is as small as it was after the first few.
+func TestSoakReliability(t *testing.T) { //nolint:paralleltest // it counts goroutines
+	const round = 100
+	names := []string{"jobs", "well", "failed as they must", "cancelled", "lost for good", "pods", "restarts", "cuts", "lost replies"}
+	sum := &tally{counts: map[string]int{}}
+	rng := rand.New(rand.NewPCG(*seed, 0)) //nolint:gosec // repeatable is the point
+	timing := comfyui.Timing{              // real time: what waits must be short
+		Request: 5 * time.Second, StreamWait: 200 * time.Millisecond, ReconnectMin: 10 * time.Millisecond, ReconnectMax: 200 * time.Millisecond,
+		Poll: 20 * time.Millisecond, PollStreaming: 200 * time.Millisecond, Grace: 100 * time.Millisecond, Settle: time.Second,
+		Cancel: 5 * time.Second, Lease: 10 * time.Second, ProgressWrite: 10 * time.Millisecond, Retention: time.Millisecond,
+	}
+	var current atomic.Pointer[comfyuitest.Pod]
+	transport := &http.Transport{MaxIdleConnsPerHost: 16, DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		return current.Load().DialContext(ctx, network, addr)
+	}}
+	defer transport.CloseIdleConnections()
+	c, err := comfyui.NewPodClient("http://soak", comfyui.WithHTTPClient(&http.Client{Transport: transport}), comfyui.WithTiming(timing))
+	require.NoError(t, err)
+	defer func() { require.NoError(t, c.Close()) }()
+	do := func() {
+		sum.add("pods", 1)
+		sum.add("jobs", round)
+		// Each round has a pod of its own, because a pod forgets no prompt.
+		pod := comfyuitest.NewPod(comfyuitest.WithVersion(versions[*seed%uint64(len(versions))]), comfyuitest.WithNode("Quick", comfyuitest.Steps(1, 0)),
+			comfyuitest.WithNode("Short", comfyuitest.Steps(3, time.Millisecond)), comfyuitest.WithNode("Bad", comfyuitest.Fail("ValueError", "bad")))
+		defer pod.Close()
+		current.Store(pod)
+		restartAt := rng.IntN(3 * round)
+		var wg sync.WaitGroup
+		gate := make(chan struct{}, 8)
+		for n := range round {
+			gate <- struct{}{}
+			class := []string{"Quick", "Quick", "Short", "Bad"}[rng.IntN(4)]
+			cancel := rng.IntN(10) == 0
+			switch rng.IntN(20) {
+			case 0:
+				sum.add("cuts", 1)
+				pod.CutStreams(comfyuitest.CutMode(rng.IntN(4)))
+			case 1:
+				sum.add("lost replies", 1)
+				pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: []comfyuitest.Effect{comfyuitest.DropAfter, comfyuitest.AnswerAfter, comfyuitest.Truncate}[rng.IntN(3)]})
+			}
+			if n == restartAt {
+				sum.add("restarts", 1)
+				pod.Restart(20 * time.Millisecond)
+			}
+			wg.Go(func() {
+				defer func() { <-gate }()
+				soakOne(t, c, sum, fmt.Sprint(sum.get("pods"), "-", n), class, cancel)
+			})
+		}
+		wg.Wait()
+	}
+	for range 3 {
+		do()
+	}
+	before := resourcesNow(t)
+	for sum.get("jobs") < 3*round+scaled(10000, 2*round) {
+		do()
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	_ = waitFor(ctx, func() bool { return runtime.NumGoroutine() <= before.goroutines }) // the last may still be ending
+	after := resourcesNow(t)
+	t.Log(sum.line(names...))
+	t.Logf("goroutines %d and %d, descriptors %d and %d, heap %d KiB and %d KiB", before.goroutines, after.goroutines, before.descriptors, after.descriptors, before.heap>>10, after.heap>>10)
+	assert.LessOrEqual(t, after.goroutines, before.goroutines)
+	assert.LessOrEqual(t, after.descriptors, before.descriptors)
+	assert.LessOrEqual(t, after.heap, before.heap+256<<10, "what is left of each job would add up")
+}
+
+// soakOne does one job, to its right end.
+func soakOne(t *testing.T, c *comfyui.PodClient, sum *tally, id, class string, cancel bool) {
+	ctx, stop := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer stop()
+	graph, err := comfyui.ParseWorkflow(fmt.Appendf(nil, `{"1":{"class_type":%q,"inputs":{"seed":%q}}}`, class, id))
+	if !assert.NoError(t, err) {
+		return
+	}
+	j, err := c.Submit(ctx, graph, comfyui.WithJobID(id))
+	if !assert.NoError(t, err) {
+		return
+	}
+	if cancel {
+		if err := j.Cancel(ctx); err != nil {
+			assert.Equal(t, comfyui.CategoryConflict, comfyui.CategoryOf(err), "%v", err)
+		}
+	}
+	r, err := j.Wait(ctx)
+	var failed *comfyui.ExecutionError
+	switch {
+	case err == nil:
+		sum.add("well", 1)
+		assert.NotEqual(t, "Bad", class)
+		assert.NotEmpty(t, r.Outputs)
+	case class == "Bad" && errors.As(err, &failed):
+		sum.add("failed as they must", 1)
+	case cancel && errors.Is(err, comfyui.ErrCancelled):
+		sum.add("cancelled", 1)
+	case errors.Is(err, comfyui.ErrOutcomeUnknown): // it ran in the process that ended, and nobody can know how
+		sum.add("lost for good", 1)
+	default:
+		t.Errorf("job %s (%s): %v", id, class, err)
 	}
 }
