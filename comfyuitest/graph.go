@@ -2,7 +2,6 @@ package comfyuitest
 
 import (
 	"encoding/json"
-	"fmt"
 	"math"
 )
 
@@ -36,23 +35,15 @@ func (l link) MarshalJSON() ([]byte, error) {
 	return pyJSON([]any{l.node, l.slot}), nil
 }
 
-// parseGraph reads a graph. An error stands for the server's 500 page.
-func parseGraph(raw json.RawMessage) (*graph, error) {
-	value, err := parseJSON(raw)
-	if err != nil {
-		return nil, err
-	}
-	tree, ok := value.(object)
-	if !ok {
-		return nil, fmt.Errorf("a prompt that is a %s", typeName(value))
-	}
+// newGraph takes over the tree of a posted graph.
+func newGraph(tree object) *graph {
 	g := &graph{order: make([]string, len(tree)), nodes: make(map[string]*graphNode, len(tree)), tree: tree}
 	for i, f := range tree {
 		g.order[i] = f.key
 		g.nodes[f.key] = parseNode(f.key, f.value)
 	}
 	g.render()
-	return g, nil
+	return g
 }
 
 func parseNode(id string, value any) *graphNode {

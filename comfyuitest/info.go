@@ -216,8 +216,18 @@ func (p *process) noAssets(*request) *answer {
 // logBook is the server's log: the newest lines, and who gets new ones on the socket.
 type logBook struct {
 	mu          sync.Mutex
-	lines       []object
+	lines       []logLine
 	subscribers []string
+}
+
+// logLine is a line as the server keeps it.
+type logLine struct {
+	at   time.Time
+	text string
+}
+
+func (l logLine) json() object {
+	return object{{"t", l.at.Format("2006-01-02T15:04:05.000000")}, {"m", l.text}}
 }
 
 const maxLogLines = 300
@@ -232,7 +242,7 @@ func (p *process) log(text string, colour bool) {
 		}
 		text = "\x1b[32m[INFO]\x1b[0m " + text
 	}
-	line := object{{"t", time.Now().Format("2006-01-02T15:04:05.000000")}, {"m", text}}
+	line := logLine{time.Now(), text}
 	p.logs.mu.Lock()
 	p.logs.lines = append(p.logs.lines, line)
 	if extra := len(p.logs.lines) - maxLogLines; extra > 0 {
@@ -241,7 +251,7 @@ func (p *process) log(text string, colour bool) {
 	subscribers := slices.Clone(p.logs.subscribers)
 	p.logs.mu.Unlock()
 	for _, sid := range subscribers {
-		p.hub.toClient(client{known: true, sid: sid}, "logs", object{{"entries", []any{line}}, {"size", nil}})
+		p.hub.toClient(client{known: true, sid: sid}, "logs", object{{"entries", []any{line.json()}}, {"size", nil}})
 	}
 }
 
@@ -252,7 +262,11 @@ func (p *process) logExecuted(took time.Duration) {
 func (l *logBook) snapshot() []object {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return append([]object{}, l.lines...)
+	lines := make([]object, len(l.lines))
+	for i, line := range l.lines {
+		lines[i] = line.json()
+	}
+	return lines
 }
 
 func (p *process) getLogs(*request) *answer {

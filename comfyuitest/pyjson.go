@@ -370,17 +370,24 @@ func (p *jsonParser) list(depth int) (any, error) {
 
 func (p *jsonParser) text() (string, error) {
 	start := p.pos
+	plain := true // nothing to unescape or refuse
 	for p.pos++; p.pos < len(p.data); p.pos++ {
-		switch p.data[p.pos] {
-		case '\\':
+		switch c := p.data[p.pos]; {
+		case c == '\\':
 			p.pos++
-		case '"':
+			plain = false
+		case c == '"':
 			p.pos++
+			if plain {
+				return string(p.data[start+1 : p.pos-1]), nil
+			}
 			var s string
 			if err := json.Unmarshal(p.data[start:p.pos], &s); err != nil {
 				return "", fmt.Errorf("%w: %w", errBadJSON, err)
 			}
 			return s, nil
+		case c < ' ' || c >= utf8.RuneSelf:
+			plain = false
 		}
 	}
 	return "", errBadJSON

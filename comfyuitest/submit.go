@@ -40,11 +40,12 @@ func (p *process) postPrompt(r *request) *answer {
 	if !ok {
 		return troubleAnswer()
 	}
-	raw := pyJSON(prompt)
-	g, err := parseGraph(raw)
-	if err != nil {
+	tree, isGraph := prompt.(object)
+	if !isGraph {
 		return p.noGraph(prompt)
 	}
+	g := newGraph(tree)
+	sentGraph := g.raw // validation may convert values
 	outputs, nodeErrors, refusal := validatePrompt(p.version, p.pod.classes, p.files, id, g, targets, hasTargets)
 	extra, clientID, extraOK := p.extraData(body)
 	switch {
@@ -61,7 +62,7 @@ func (p *process) postPrompt(r *request) *answer {
 		return troubleAnswer()
 	}
 	it.shown = pyJSON(it.tuple(it.extra))
-	p.pod.book.queued(id, clientID, rawMembers(sentExtra), raw)
+	p.pod.book.queued(id, clientID, rawMembers(sentExtra), sentGraph)
 	if err := p.queue.put(it); err != nil {
 		return troubleAnswer() // and it is queued all the same
 	}

@@ -3,6 +3,7 @@ package comfyuitest
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -31,6 +32,19 @@ func recordedClasses(v version) map[string]*class {
 type post struct {
 	Prompt  json.RawMessage `json:"prompt"`
 	Targets *[]string       `json:"partial_execution_targets"`
+}
+
+// parseGraph reads a graph.
+func parseGraph(raw json.RawMessage) (*graph, error) {
+	value, err := parseJSON(raw)
+	if err != nil {
+		return nil, err
+	}
+	tree, ok := value.(object)
+	if !ok {
+		return nil, fmt.Errorf("a prompt that is a %s", typeName(value))
+	}
+	return newGraph(tree), nil
 }
 
 // TestValidateRecorded holds validation against every answer to POST /prompt that a real server gave.
