@@ -688,7 +688,11 @@ func withoutURL(err error) error {
 // the texts that are kept of it: after they are decoded and before they are cut, since JSON can write a credential with
 // escapes, and must still be read where a word of it is in a header.
 func classifyRefusal(status int, header http.Header, body []byte, clean func(string) string) *Error {
-	e := &Error{StatusCode: status, RetryAfter: parseRetryAfter(header.Get("Retry-After"), time.Now())}
+	now, err := http.ParseTime(header.Get("Date")) // a date in Retry-After is by the same clock
+	if err != nil {
+		now = time.Now()
+	}
+	e := &Error{StatusCode: status, RetryAfter: parseRetryAfter(header.Get("Retry-After"), now)}
 	if refusal, ok := wire.DecodeRefusal(body); ok {
 		if status == http.StatusBadRequest {
 			v := refusedWorkflow(refusal)

@@ -482,6 +482,16 @@ func TestParseRetryAfter(t *testing.T) {
 	}
 }
 
+// A date counts from the clock that wrote it, and that of a pod can be an hour off.
+func TestRetryAfterByThePodsClock(t *testing.T) {
+	t.Parallel()
+	pod := time.Now().Add(-time.Hour)
+	header := http.Header{"Retry-After": {pod.Add(7 * time.Second).UTC().Format(http.TimeFormat)}, "Date": {pod.UTC().Format(http.TimeFormat)}}
+	assert.Equal(t, 7*time.Second, classifyRefusal(503, header, nil, asIs).RetryAfter)
+	header["Date"] = []string{"yesterday"}
+	assert.Zero(t, classifyRefusal(503, header, nil, asIs).RetryAfter)
+}
+
 func TestErrorJSONKeepsWhatErrorsFind(t *testing.T) {
 	t.Parallel()
 	validation := &ValidationError{Type: "t", Message: "m", Details: "d", Nodes: map[string]NodeErrors{
