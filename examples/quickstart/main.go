@@ -390,6 +390,8 @@ func failure(err error) error {
 		return fmt.Errorf("the pod refuses the workflow: %w; correct it, for example with -set", refused)
 	case errors.As(err, &raised) && category == comfyui.CategoryOutOfMemory:
 		return fmt.Errorf("the pod ran out of memory: %w; try a smaller image or batch", raised)
+	case errors.As(err, &raised) && category == comfyui.CategoryPodFault:
+		return fmt.Errorf("the pod itself is broken: %w; its jobs may fail until it is restarted", raised)
 	case errors.As(err, &raised):
 		return fmt.Errorf("the job failed: %w; the pod's log has the traceback", raised)
 	case category.Retryable():

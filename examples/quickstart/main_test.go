@@ -177,6 +177,7 @@ func TestTellsWhyAJobFailed(t *testing.T) {
 		want []string
 	}{
 		{"an exception", comfyuitest.Fail("RuntimeError", "mat1 and mat2 shapes cannot be multiplied\n(77x2048 and 768x320)"), []string{"node 1 (Broken) raised RuntimeError: mat1 and mat2", "the pod's log"}},
+		{"a CUDA fault", comfyuitest.Fail("torch.AcceleratorError", "CUDA error: an illegal memory access was encountered"), []string{"node 1 (Broken) raised torch.AcceleratorError", "restart"}},
 		{"a GPU fault", comfyuitest.Fail("torch.AcceleratorError", "CUDA error: an illegal memory access was encountered"), []string{"illegal memory access"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
