@@ -1217,8 +1217,10 @@ func (t *tracker) dropAdopted() {
 	}
 	needed := map[string]bool{}
 	for _, j := range t.jobs {
-		if j.lease != nil && !j.concluded && j.rec.Accepted {
-			needed[j.rec.ClientID] = true
+		if id := j.rec.ClientID; j.lease != nil && !j.concluded && j.rec.Accepted && t.adopted[id] != nil {
+			if needed[id] = true; len(needed) == len(t.adopted) {
+				return // which a few jobs tell, as a rule: this is asked at each end
+			}
 		}
 	}
 	for id, s := range t.adopted {
