@@ -323,7 +323,7 @@ type brittleConn struct {
 func (c *brittleConn) Read(p []byte) (int, error) {
 	for {
 		if mode := c.broken.Load(); mode != nil && *mode != comfyuitest.CutBlackhole {
-			_ = c.Conn.Close()
+			_ = c.Close()
 			if *mode == comfyuitest.CutReset {
 				return 0, &net.OpError{Op: "read", Net: "tcp", Err: syscall.ECONNRESET}
 			}
