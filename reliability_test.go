@@ -123,7 +123,7 @@ type trial struct {
 
 // trials does so many trials with so many cases each, over all versions and paces. names are the counts that are printed, the
 // first of them that of the cases.
-func trials(t *testing.T, count, each int, names []string, f func(w *trial), opts ...comfyuitest.Option) {
+func trials(t *testing.T, count, each int, names []string, f func(w *trial), opts ...func(w *trial) comfyuitest.Option) {
 	t.Helper()
 	t.Parallel()
 	sum := &tally{counts: map[string]int{}}
@@ -148,13 +148,17 @@ func trials(t *testing.T, count, each int, names []string, f func(w *trial), opt
 					t.Logf("ComfyUI %s, %s pace; again: go test -run '^%s$/^%s$' -seed %d -scale %v .", w.release, w.pace.name, test, sub, *seed, *scale)
 				}
 			})
+			var more []comfyuitest.Option
+			for _, opt := range opts {
+				more = append(more, opt(w))
+			}
 			bubble(t, func(b *bench) {
 				b.ctx, w.bench = b.t.Context(), b
 				f(w)
 			}, append([]comfyuitest.Option{
 				comfyuitest.WithVersion(w.release), w.node("Quick", comfyuitest.Steps(0, 0)), w.node("Short", comfyuitest.Steps(3, 50*time.Millisecond)),
 				w.node("Work", comfyuitest.Steps(4, 500*time.Millisecond)), w.node("Long", comfyuitest.Steps(30, time.Second)), w.node("Silent", silent),
-			}, opts...)...)
+			}, more...)...)
 		})
 	}
 }
@@ -168,6 +172,21 @@ func (w *trial) node(class string, n comfyuitest.Node) comfyuitest.Option {
 		return err
 	}
 	return comfyuitest.WithNode(class, n)
+}
+
+// distant has every other pod be far away: a request takes up to a quarter of a second to it, so that what a client has seen there may
+// be out of date when it acts.
+func (w *trial) distant() comfyuitest.Option {
+	return comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+		if w.n/2%2 == 0 {
+			return next
+		}
+		return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+			if pause(r.Context(), time.Duration(rand.Int64N(int64(250*time.Millisecond)))) == nil { //nolint:gosec // any order will do
+				next.ServeHTTP(rw, r)
+			}
+		})
+	})
 }
 
 // silent takes two seconds, says nothing and hears no interrupt.
@@ -699,7 +718,7 @@ func TestS31Reliability(t *testing.T) {
 			left -= w.cancelSome(clients, left)
 			w.pod.CutStreams(comfyuitest.CutMode(w.rng.IntN(4)))
 		}
-	})
+	}, (*trial).distant)
 }
 
 // cancelSome does up to most cancels.
@@ -997,7 +1016,9 @@ func TestS37Reliability(t *testing.T) {
 		}
 		w.sum.add("jobs", jobs)
 		w.ranOnceEach(jobs)
-	}, comfyuitest.WithNode("Share", comfyuitest.Steps(1, 100*time.Second/time.Duration(jobs))))
+	}, func(*trial) comfyuitest.Option {
+		return comfyuitest.WithNode("Share", comfyuitest.Steps(1, 100*time.Second/time.Duration(jobs)))
+	})
 }
 
 // ------------------------------------------------------------- soak
