@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"math"
 	"net/http"
@@ -78,6 +79,7 @@ type submission struct {
 	inherited  bool      // a former owner may have posted it
 	graceUntil time.Time // a former owner's POST may arrive until then
 	free       bool      // free the pod's memory first
+	borrow     func()    // fetches inputs and secrets, which somebody who joined the job may have brought
 	inputs     []inputFile
 	secrets    map[string]any
 	number     *float64
@@ -193,9 +195,10 @@ func (t *tracker) post(j *tracked) {
 	rec := j.rec // what it refers to is replaced, never changed
 	s := &submission{
 		t: t, rec: &rec, look: j.look, free: j.rec.Failure != nil && j.rec.Failure.Category == CategoryOutOfMemory,
-		inputs: j.inputs, secrets: j.secrets, number: j.number, lease: j.lease, patience: patience, seen: found,
+		number: j.number, lease: j.lease, patience: patience, seen: found,
 		nudges: j.posting.made + max(0, int(j.rec.Epoch)-1), // a former owner may have posted it too
 	}
+	s.borrow = func() { t.tell(func() { s.inputs, s.secrets = j.inputs, j.secrets }) }
 	s.lookOnly, s.inherited = j.look && j.rec.CancelRequested, j.inherited
 	if j.look {
 		s.attempts = t.allAttempts(j)
@@ -318,11 +321,7 @@ func (t *tracker) accepted(j *tracked, r submitted, now time.Time) {
 			t.observe(j, obsWarning{w}, now)
 		}
 	}
-	for i := range t.strays {
-		if m := &t.strays[i]; m.PromptID == r.promptID {
-			t.message(t.stream, m, now)
-		}
-	}
+	t.takeStrays(r.promptID, now)
 	if r.posts != 1 {
 		t.lookBy(now) // the POST before may have arrived too
 	} else if t.pod.stream == StreamUp {
@@ -390,6 +389,7 @@ func (s *submission) bring(ctx context.Context) submitted {
 			return submitted{err: s.blame(&Error{Category: CategoryUnknown, Err: ErrOutcomeUnknown})}
 		}
 	}
+	s.borrow()
 	workflow, err := s.upload()
 	switch {
 	case err != nil && s.patience.Err() != nil:
@@ -737,10 +737,11 @@ type evidence struct {
 }
 
 const (
-	heavyQueue    = 256 << 10 // bytes of a reply from which single jobs are asked for instead
-	fewJobs       = 4         // at most so many
-	historyReads  = 4         // at one time
-	markerHistory = 128       // newest entries searched for a marker
+	heavyQueue    = 256 << 10   // bytes of a reply from which single jobs are asked for instead
+	wholeEvery    = time.Minute // and the whole queue only so often: it alone shows copies, and whether the queue moves
+	fewJobs       = 4           // at most so many
+	historyReads  = 4           // at one time
+	markerHistory = 128         // newest entries searched for a marker
 )
 
 func (r *reconciler) run(ctx context.Context) {
@@ -1008,7 +1009,7 @@ func (t *tracker) cancelByContext(jobID string) {
 		_, err := t.store.RequestCancel(ctx, jobID)
 		return func() {
 			if err != nil {
-				t.opts.logger.Warn("comfyui: the cancel was not recorded", "pod", t.opts.name, "job", jobID, "error", err)
+				t.log(slog.LevelWarn, "comfyui: the cancel was not recorded", "job", jobID, "error", err)
 			}
 			t.cancelRequested(jobID, nil)
 		}
@@ -1086,7 +1087,7 @@ func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 		refused := j.failure(CategoryConflict, err)
 		refused.Op = "cancel"
 		c.refuse(refused)
-	default:
+	case !errors.Is(err, errUnconfirmed):
 		t.noContact(err, now)
 	}
 	t.lookBy(now)

@@ -299,12 +299,31 @@ func (j *Job) publish(r *Record, evs []Event) {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	j.promptID, j.attempt, j.progress, j.startedAt = r.PromptID, r.Attempt, r.Progress, r.StartedAt
+	j.push(evs)
+}
+
+// tell shows observers what happened, and nothing new of where the job stands. It is called by the tracker alone.
+func (j *Job) tell(evs []Event) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	j.push(evs)
+}
+
+// push gives events to the observers. j.mu is held.
+func (j *Job) push(evs []Event) {
 	if len(evs) == 0 {
 		return
 	}
 	for _, s := range j.sinks {
 		s.push(evs)
 	}
+}
+
+// shown is where observers have seen the job to stand.
+func (j *Job) shown() Progress {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.progress
 }
 
 // accept notes that the pod has the job. It is called by the tracker alone.

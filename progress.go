@@ -481,8 +481,8 @@ func (e *emitter) cached(nodes []string) {
 func (e *emitter) executing(id, display string) {
 	p := &e.s.rec.Progress
 	n, own := e.s.node(id, display)
-	if !own && !n.inner[id] {
-		n.inner[id] = false
+	if !own {
+		n.within(id, false)
 	}
 	name := id
 	if display != "" {
@@ -542,8 +542,7 @@ func (e *emitter) progressState(nodes []wire.NodeState) {
 		case own:
 			moved = n.step(st.Value, st.Max) || moved
 		default:
-			moved = moved || n.inner[st.ID] != finished
-			n.inner[st.ID] = n.inner[st.ID] || finished
+			moved = n.within(st.ID, finished) || moved
 		}
 		if st.State == "running" && (own || st.Display != "") {
 			running = st.Display
@@ -575,7 +574,7 @@ func (e *emitter) executed(m *wire.Message) {
 	if own {
 		n.done = true
 	} else {
-		n.inner[m.Node] = true
+		n.within(m.Node, true)
 	}
 	e.s.sum()
 	if len(m.Output) == 0 {
@@ -738,17 +737,33 @@ func (s *jobState) node(id, display string) (n *nodeRun, own bool) {
 		key = display
 	}
 	n = s.attempt.nodes[key]
-	if n == nil {
-		if s.attempt.nodes == nil {
-			s.attempt.nodes = map[string]*nodeRun{}
-		}
-		n = &nodeRun{}
+	if n != nil {
+		return n, own
+	}
+	n = &nodeRun{}
+	if s.attempt.nodes == nil {
+		s.attempt.nodes = map[string]*nodeRun{}
+	}
+	if _, _, known := s.graph.node(key); known || len(s.attempt.nodes) < maxStrangers {
 		s.attempt.nodes[key] = n
 	}
-	if !own && n.inner == nil {
+	return n, own
+}
+
+// maxStrangers bounds what is kept of nodes that are not the workflow's own, whatever a pod sends.
+const maxStrangers = 10_000
+
+// within takes in a node that n expanded into, and tells whether that was news.
+func (n *nodeRun) within(id string, finished bool) bool {
+	was, known := n.inner[id]
+	if was || known && !finished || !known && len(n.inner) >= maxStrangers {
+		return false
+	}
+	if n.inner == nil {
 		n.inner = map[string]bool{}
 	}
-	return n, own
+	n.inner[id] = finished
+	return finished
 }
 
 // step takes in a node's own count and tells whether that was news.

@@ -363,3 +363,20 @@ func TestSlowReaderOfManyJobs(t *testing.T) {
 	assert.Len(t, states, 1000)
 	assert.Len(t, left, 1000+maxQueuedEvents)
 }
+
+// Nodes that the workflow does not have cost bounded memory.
+func TestReducerBoundsStrangers(t *testing.T) {
+	t.Parallel()
+	s := newReducer(t)
+	for i := range 3 * maxStrangers {
+		id := fmt.Sprint("x", i)
+		s.apply(executingFrame(id, ""), reducerStart, nil)
+		s.apply(executingFrame("3."+id, "3"), reducerStart, nil)
+		s.apply(stateFrame(wire.NodeState{ID: "y" + id, State: "finished"}, wire.NodeState{ID: "3." + id, Display: "3", State: "finished"}), reducerStart, nil)
+	}
+	assert.LessOrEqual(t, len(s.attempt.nodes), maxStrangers+5)
+	assert.LessOrEqual(t, len(s.attempt.nodes["3"].inner), maxStrangers)
+	s.apply(executingFrame("9", "9"), reducerStart, nil)
+	assert.Equal(t, "9", s.rec.Progress.Node)
+	assert.Contains(t, s.attempt.nodes, "9")
+}

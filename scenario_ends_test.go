@@ -157,6 +157,24 @@ func TestS27FailedBeforeTheReply(t *testing.T) {
 	}
 }
 
+// A job that waits for its next attempt is not on the pod: its place is another's.
+func TestS27RoomWhileARetryWaits(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		again := comfyui.WithRetry(comfyui.CategoryOutOfMemory, comfyui.RetryPolicy{MaxAttempts: 2, InitialInterval: 10 * time.Minute})
+		c := b.client(comfyui.WithMaxInFlight(1), again)
+		j, err := c.Submit(b.ctx, graphOf(t, "Fails", 1))
+		require.NoError(t, err)
+		start := time.Now()
+		r, err := c.Execute(b.ctx, graphOf(t, "Work", 2))
+		succeeded(t, r, err)
+		assert.LessOrEqual(t, time.Since(start), time.Minute)
+		r, err = j.Wait(b.ctx)
+		succeeded(t, r, err)
+		assert.Equal(t, 2, r.Attempt)
+	}, comfyuitest.WithNode("Fails", fails(1, "torch.OutOfMemoryError", "Allocation on device")))
+}
+
 // The policy decides; AtMostOnce forbids.
 func TestS27Policies(t *testing.T) {
 	t.Parallel()
@@ -865,6 +883,49 @@ func TestS30RanBetweenTwoLooks(t *testing.T) {
 				require.NotNil(t, r)
 				b.untouched(r.PromptID)
 			}, quick, comfyuitest.WithNode("Mute", comfyuitest.Node{Output: true}))
+		})
+	}
+}
+
+// The end is heard while the pod is asked what became of the job: then it is known.
+func TestS30HeardAtTheLastMoment(t *testing.T) {
+	t.Parallel()
+	for _, release := range releases {
+		t.Run(release, func(t *testing.T) {
+			t.Parallel()
+			var asked atomic.Pointer[func()]
+			slowFingerprint := comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if tell := asked.Load(); tell != nil && r.URL.Query().Get("offset") != "" {
+						(*tell)()
+						_ = pause(r.Context(), time.Second)
+					}
+					next.ServeHTTP(w, r)
+				})
+			})
+			bubble(t, func(b *bench) {
+				t := b.t
+				j, err := b.client(comfyui.WithClientID("me")).Submit(b.ctx, graphOf(t, "Work", 1))
+				require.NoError(t, err)
+				time.Sleep(time.Second)
+				b.pod.RefuseStreams(http.StatusBadGateway)
+				b.pod.CutStreams(comfyuitest.CutReset)
+				unread := b.pod.Inject(comfyuitest.Fault{Route: "GET /history", Effect: comfyuitest.Drop, Times: -1})
+				require.NoError(t, b.pod.WaitIdle(b.ctx))
+				b.pod.ClearHistory()
+				unread()
+				b.pod.RefuseStreams(0)
+				time.Sleep(8 * time.Second) // the stream is up again, and the job was missed once
+				late := func() {
+					b.pod.SendText("me", fmt.Appendf(nil, `{"type":"executed","data":{"node":"1","output":{"text":["late"]},"prompt_id":%q}}`, j.PromptID()))
+					b.pod.SendText("me", fmt.Appendf(nil, `{"type":"execution_success","data":{"prompt_id":%q,"timestamp":1}}`, j.PromptID()))
+				}
+				asked.Store(&late)
+				r, err := j.Wait(b.ctx)
+				succeeded(t, r, err)
+				assert.Equal(t, "late", r.Outputs[0].Text)
+				b.ranOnce()
+			}, comfyuitest.WithVersion(release), slowFingerprint)
 		})
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -305,6 +306,31 @@ func TestS31CancelWithContext(t *testing.T) {
 	})
 }
 
+// Whoever joins with CancelWithContext cancels with his ctx too.
+func TestS31CancelWithTheContextOfWhoJoined(t *testing.T) {
+	t.Parallel()
+	for _, first := range []bool{true, false} {
+		t.Run(fmt.Sprintf("the first too=%t", first), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				c := b.client()
+				opts := []comfyui.JobOption{comfyui.WithJobID("x")}
+				if first {
+					opts = append(opts, comfyui.CancelWithContext())
+				}
+				j, err := c.Submit(b.ctx, graphOf(t, "Long", 1), opts...)
+				require.NoError(t, err)
+				ctx, cancel := context.WithTimeout(b.ctx, 5*time.Second)
+				defer cancel()
+				_, err = c.Execute(ctx, graphOf(t, "Long", 1), comfyui.WithJobID("x"), comfyui.CancelWithContext())
+				require.ErrorIs(t, err, context.DeadlineExceeded)
+				_, err = j.Wait(b.ctx)
+				require.ErrorIs(t, err, comfyui.ErrCancelled)
+			})
+		})
+	}
+}
+
 func TestS32DeadWorker(t *testing.T) {
 	t.Parallel()
 	onVersions(t, func(b *bench) {
@@ -328,6 +354,44 @@ func TestS32DeadWorker(t *testing.T) {
 		assert.Equal(b.t, comfyui.StatusFailed, r.Status)
 		assert.GreaterOrEqual(b.t, time.Since(start), 10*time.Minute)
 		assert.LessOrEqual(b.t, time.Since(start), 12*time.Minute)
+	})
+}
+
+// Others go on to post: the queue of a dead worker grows, but it does not move.
+func TestS32DeadWorkerWhileOthersPost(t *testing.T) {
+	t.Parallel()
+	for _, front := range []bool{false, true} {
+		t.Run(fmt.Sprintf("at the front=%t", front), func(t *testing.T) {
+			t.Parallel()
+			onVersions(t, func(b *bench) {
+				b.pod.KillWorker()
+				start := time.Now()
+				j, err := b.client().Submit(b.ctx, graphOf(b.t, "Work", 1))
+				require.NoError(b.t, err)
+				for i := range 30 {
+					time.Sleep(time.Minute)
+					b.send(http.MethodPost, "/prompt", fmt.Sprintf(`{"prompt":{"1":{"class_type":"Work","inputs":{"seed":%d}}},"client_id":"raw","front":%t}`, i, front))
+				}
+				r, err := j.Wait(b.ctx)
+				require.Error(b.t, err)
+				assert.Equal(b.t, comfyui.CategoryTimeout, comfyui.CategoryOf(err))
+				assert.WithinDuration(b.t, start.Add(10*time.Minute), r.FinishedAt, 2*time.Minute)
+			})
+		})
+	}
+}
+
+// A queue so large that the pod is asked for single jobs: it moves, and who waits in it has not stalled.
+func TestS32LongWaitInALargeQueue(t *testing.T) {
+	t.Parallel()
+	everywhere(t, []string{"0.3.64", "0.33.0"}, []line{streaming, polling}, func(t *testing.T, b *bench, _ line) {
+		large := strings.Repeat("x", 30<<10)
+		for i := range 13 {
+			b.send(http.MethodPost, "/prompt", fmt.Sprintf(`{"prompt":{"1":{"class_type":"Long","inputs":{"seed":%d,"text":%q}}},"client_id":"raw"}`, i, large))
+		}
+		r, err := b.client().Execute(b.ctx, graphOf(t, "Work", 1))
+		succeeded(t, r, err)
+		assert.Greater(t, r.StartedAt.Sub(r.CreatedAt), 12*time.Minute)
 	})
 }
 

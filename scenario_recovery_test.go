@@ -5,6 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"image"
+	"image/png"
+	"io"
 	"iter"
 	"net"
 	"net/http"
@@ -1172,6 +1175,71 @@ func TestS39StoreForgets(t *testing.T) {
 	})
 }
 
+// Who follows a job whose record the store has lost goes on: its owner brings the record back.
+func TestS39FollowerOfALostRecord(t *testing.T) {
+	t.Parallel()
+	for _, owned := range []bool{true, false} {
+		t.Run(fmt.Sprintf("the owner lives=%t", owned), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				store := newFailover()
+				p := b.process(store, nil)
+				_, err := p.Submit(b.ctx, graphOf(t, "Mute", 1), comfyui.WithJobID("the-job"))
+				require.NoError(t, err)
+				j, err := b.client(comfyui.WithStore(store)).Attach(b.ctx, "the-job")
+				require.NoError(t, err)
+				time.Sleep(22 * time.Second) // the next renewal is some time away
+				if !owned {
+					p.kill()
+				}
+				store.forget(b)
+				start := time.Now()
+				r, err := j.Wait(b.ctx)
+				if owned {
+					succeeded(t, r, err)
+					return
+				}
+				require.ErrorIs(t, err, comfyui.ErrJobNotFound)
+				assert.Nil(t, r)
+				assert.WithinDuration(t, start.Add(30*time.Second), time.Now(), 5*time.Second, "a lease")
+			}, comfyuitest.WithNode("Mute", comfyuitest.Node{Output: true, Run: func(ctx context.Context, c *comfyuitest.Call) error {
+				c.Put("text", "at last")
+				return pause(ctx, 5*time.Minute) // without a word: nothing is written meanwhile
+			}}))
+		})
+	}
+}
+
+// Reads of records that take longer than the time between two renewals do not pile up.
+func TestS37SlowReadsDoNotPileUp(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		var slow atomic.Bool
+		var reads atomic.Int64
+		c := b.client(comfyui.WithStore(storetest.Flaky(store, func(ctx context.Context, method string) (error, bool) {
+			if method == "Get" {
+				reads.Add(1)
+				if slow.Load() {
+					_ = pause(ctx, 5*time.Second)
+				}
+			}
+			return nil, false
+		})))
+		const jobs = 50
+		for i := range jobs {
+			_, err := c.Submit(b.ctx, graphOf(t, "Endless", i))
+			require.NoError(t, err)
+		}
+		slow.Store(true)
+		time.Sleep(10 * time.Minute)
+		slow.Store(false)
+		before := reads.Load()
+		time.Sleep(9 * time.Second)
+		assert.LessOrEqual(t, reads.Load()-before, int64(2*jobs), "of the last renewal, and of the next")
+	}, comfyuitest.WithNode("Endless", comfyuitest.Steps(36000, time.Second)))
+}
+
 // The store goes away after an attempt was recorded and before it could be posted, for longer than a confirmation of the lease is
 // good for: the POST waits, the job does not fail.
 func TestS37StoreDownBeforeThePost(t *testing.T) {
@@ -1319,6 +1387,114 @@ func TestS31CancelWhileItWaitsForRoom(t *testing.T) {
 		}
 		assert.Len(t, b.pod.Prompts(), 1)
 	}, comfyuitest.WithNode("Endless", comfyuitest.Steps(3600, time.Second)))
+}
+
+// The end is not written, because another owner has the job: what was shown of it goes neither back nor from an end to something else.
+func TestS35FencedAtTheEnd(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		var slow atomic.Bool
+		c := b.client(comfyui.WithStore(storetest.Flaky(store, func(ctx context.Context, method string) (error, bool) {
+			if method == "Update" && slow.Load() {
+				_ = pause(ctx, 200*time.Millisecond)
+			}
+			return nil, false
+		})))
+		var log journal
+		j, err := c.Submit(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("the-job"), log.option())
+		require.NoError(t, err)
+		time.Sleep(1950 * time.Millisecond)
+		rec, err := store.Get(b.ctx, "the-job")
+		require.NoError(t, err)
+		require.NoError(t, store.Release(b.ctx, rec.Owner, []string{"the-job"}))
+		_, err = store.Claim(b.ctx, "the-job", "somebody", 30*time.Second)
+		require.NoError(t, err)
+		slow.Store(true)
+		for before, ended := j.Progress(), false; !ended; {
+			select {
+			case <-j.Done():
+				ended = true
+			case <-time.After(10 * time.Millisecond):
+			}
+			p := j.Progress()
+			require.False(t, before.Status.Terminal() && p.Status != before.Status, "%s became %s", before.Status, p.Status)
+			require.GreaterOrEqual(t, p.Fraction, before.Fraction)
+			before = p
+		}
+		r, err := j.Wait(b.ctx)
+		succeeded(t, r, err)
+		assert.Equal(t, wentWell, log.states())
+		log.sane(t)
+		b.ranOnce()
+	})
+}
+
+// Who follows a job and then drives it, because its owner has given it back, tells every state on the way.
+func TestS35FollowerTellsEveryState(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		p := b.process(store, nil)
+		var slow atomic.Bool
+		c := b.client(comfyui.WithStore(storetest.Flaky(store, func(ctx context.Context, method string) (error, bool) {
+			if method == "Get" && slow.Load() {
+				_ = pause(ctx, 20*time.Second)
+			}
+			return nil, false
+		})))
+		b.raw("Work", 7)
+		background(b, p, graphOf(t, "Long", 1), comfyui.WithJobID("the-job"))
+		time.Sleep(time.Second)
+		var log journal
+		j, err := c.Submit(b.ctx, graphOf(t, "Long", 1), comfyui.WithJobID("the-job"), log.option())
+		require.NoError(t, err)
+		slow.Store(true)
+		time.Sleep(4 * time.Second) // the job runs, as its record says, which the follower has not read
+		require.NotContains(t, log.states(), comfyui.EventStarted)
+		p.kill()
+		rec, err := store.Get(b.ctx, "the-job")
+		require.NoError(t, err)
+		require.True(t, rec.Started)
+		require.NoError(t, store.Release(b.ctx, rec.Owner, []string{"the-job"}))
+		slow.Store(false)
+		_, err = c.Submit(b.ctx, graphOf(t, "Long", 1), comfyui.WithJobID("the-job"))
+		require.NoError(t, err)
+		r, err := j.Wait(b.ctx)
+		succeeded(t, r, err)
+		assert.Equal(t, wentWell[1:], log.states(), "it was queued before")
+		for _, ev := range log.all() {
+			assert.False(t, ev.Time.IsZero(), "%s has no time", ev.Kind)
+		}
+		b.untouched(r.PromptID)
+	})
+}
+
+// A worker recovers the jobs that it finds, and is then asked for them again, with what is not stored: the file to upload.
+func TestS36InputOfWhoJoins(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		p := b.process(store, nth(1, "pod before POST /upload"))
+		w := func() *comfyui.Workflow {
+			return parsed(t, `{"1":{"class_type":"LoadImage","inputs":{"image":"x.png"}},"2":{"class_type":"SaveImage","inputs":{"images":["1",0],"filename_prefix":"out"}}}`)
+		}
+		opts := []comfyui.JobOption{comfyui.WithJobID("the-job"), comfyui.WithInput("1", "image", "mine.png", func(context.Context) (io.ReadCloser, error) {
+			var picture bytes.Buffer
+			err := png.Encode(&picture, image.NewGray(image.Rect(0, 0, 8, 8)))
+			return io.NopCloser(&picture), err
+		})}
+		background(b, p, w(), opts...)
+		time.Sleep(time.Second)
+		require.True(t, p.isDead())
+		heir := b.client(comfyui.WithStore(store))
+		for _, err := range heir.Recover(b.ctx) {
+			require.NoError(t, err)
+		}
+		r, err := heir.Execute(b.ctx, w(), opts...)
+		succeeded(t, r, err)
+		assert.Equal(t, 1, b.ranOnce().Posts)
+	})
 }
 
 // A job is lost to another owner and won back while a POST of the first time still hangs: nobody has cancelled it.

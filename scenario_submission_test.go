@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -266,6 +267,32 @@ func TestS4OldPodLostReplyOfAShortJob(t *testing.T) {
 		succeeded(t, r, err)
 		assert.Equal(t, b.ranOnce().ID, r.PromptID)
 	}, comfyuitest.WithVersion("0.3.40"), comfyuitest.WithNode("Quick", comfyuitest.Steps(0, 0)))
+}
+
+// Frames about the prompt come before the answer that names it, among the many steps of somebody else's.
+func TestS4S8FramesBeforeTheNameIsKnown(t *testing.T) {
+	t.Parallel()
+	for _, after := range []time.Duration{100 * time.Millisecond, time.Second} {
+		t.Run(after.String(), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				t := b.t
+				b.raw("Work", 9) // the job starts in two seconds
+				time.AfterFunc(after, func() {
+					for i := range 300 {
+						b.pod.SendText("", fmt.Appendf(nil, `{"type":"progress","data":{"value":%d,"max":300,"node":"1","prompt_id":"of-others"}}`, i))
+					}
+				})
+				var log journal
+				r, err := b.client().Execute(b.ctx, graphOf(t, "Work", 1), log.option())
+				succeeded(t, r, err)
+				log.sane(t)
+				assert.Len(t, log.of(comfyui.EventNode), 1)
+				assert.Len(t, log.of(comfyui.EventOutput), 1)
+				b.untouched(r.PromptID)
+			}, comfyuitest.WithVersion("0.3.40"), slowAnswer(http.MethodPost, "/prompt", 10*time.Second))
+		})
+	}
 }
 
 func TestS5DuplicateIDQueuedBehindA500(t *testing.T) {
@@ -567,3 +594,39 @@ func TestNilOptionsChangeNothing(t *testing.T) {
 		assert.Equal(t, comfyui.CategoryValidation, comfyui.CategoryOf(err))
 	})
 }
+
+// The caller's logger may ask the client, and take its time.
+func TestLoggerIsTheCallersOwnAffair(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		h := &askingHandler{}
+		c := b.client(comfyui.WithLogger(slog.New(h)))
+		h.ask = func() {
+			_, _ = c.Health(b.ctx)
+			time.Sleep(100 * time.Millisecond)
+		}
+		j, err := c.Submit(b.ctx, graphOf(t, "Fails", 1))
+		require.NoError(t, err)
+		time.Sleep(5 * time.Second)
+		b.pod.CutStreams(comfyuitest.CutReset)
+		r, err := j.Wait(b.ctx)
+		succeeded(t, r, err)
+		assert.Positive(t, h.asked.Load())
+	}, comfyuitest.WithNode("Fails", fails(1, "torch.OutOfMemoryError", "Allocation on device")))
+}
+
+type askingHandler struct {
+	ask   func()
+	asked atomic.Int64
+}
+
+func (h *askingHandler) Enabled(context.Context, slog.Level) bool { return true }
+
+func (h *askingHandler) Handle(context.Context, slog.Record) error {
+	h.asked.Add(1)
+	h.ask()
+	return nil
+}
+
+func (h *askingHandler) WithAttrs([]slog.Attr) slog.Handler { return h }
+func (h *askingHandler) WithGroup(string) slog.Handler      { return h }

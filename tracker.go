@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math"
 	"slices"
 	"sync"
@@ -28,6 +29,8 @@ const (
 	askers, watchers = 4, 4
 	// writers bounds the store writes under way.
 	writers = 4
+	// storeTime bounds a call to a store that keeps no bound itself.
+	storeTime = 30 * time.Second
 	// streamLinger is how long the stream stays up after the last job, for the next one.
 	streamLinger = time.Minute
 	// maxStrays bounds the frames kept for prompts that are not known yet, while a POST has no answer.
@@ -72,11 +75,12 @@ type tracker struct {
 	strays   []wire.Message
 	inFlight int // jobs that are on the pod or being posted
 	stream   *stream
-	adopted  map[string]*stream
+	adopted  map[string]*adoption
 	current  map[*stream]string // the prompt that a stream's frames last named
 	pod      podView
 	due      dues
-	news     []Event // of the observation that is being taken in: kept for its room
+	later    []func() // to be done when the lock is free
+	news     []Event  // of the observation that is being taken in: kept for its room
 }
 
 // gauges are what Stats reads of the tracker's state.
@@ -101,13 +105,14 @@ type podView struct {
 	oldest       string    // its oldest history entry, when last seen
 	ended        string    // the newest history entry that was read
 	running      string    // the prompt that was last seen to run
-	movedAt      time.Time // when its queue last changed
+	movedAt      time.Time // when its queue last moved: what is added to it is no move, since a dead worker's queue grows too
 	shape        queueShape
 	remaining    int           // of the last status frame; -1: not known
 	cost         time.Duration // of the last look
 	queueBytes   int
-	failures     int   // looks that failed in a row
-	poison       error // a CUDA fault of one of our jobs since the last restart
+	wholeAt      time.Time // when the whole queue was last read
+	failures     int       // looks that failed in a row
+	poison       error     // a CUDA fault of one of our jobs since the last restart
 	poisonedAt   time.Time
 	stalledAt    time.Time // when a job was given up because nothing moved; zero once anything has run since
 	fingerprints bool      // a fingerprint is wanted with the next look
@@ -119,11 +124,16 @@ type queueShape struct {
 	first            string
 }
 
+// movedFrom tells whether something was taken from the queue since it was in another shape.
+func (q queueShape) movedFrom(was queueShape) bool {
+	return q.first != was.first || q.running != was.running || q.pending < was.pending
+}
+
 // dues are the tracker's own appointments; zero: none.
 type dues struct {
-	look, renew, deaf, linger time.Time
-	looking, renewing         bool
-	deafCount                 int64
+	look, count, renew, deaf, linger time.Time
+	looking, renewing                bool
+	deafCount                        int64
 }
 
 func newTracker(c *PodClient) *tracker {
@@ -132,12 +142,12 @@ func newTracker(c *PodClient) *tracker {
 		client: c, opts: c.opts, timing: c.opts.timing, endpoint: c.endpoint, retrier: c.retrier, counters: c.counters,
 		store: c.opts.store, owner: uuid.NewString(), ctx: ctx, cancel: cancel, stopped: make(chan struct{}),
 		timer: time.NewTimer(time.Hour), jobs: map[string]*tracked{}, byPrompt: map[string]*tracked{},
-		adopted: map[string]*stream{}, current: map[*stream]string{},
+		adopted: map[string]*adoption{}, current: map[*stream]string{},
 	}
 	_, t.inMemory = t.store.(*MemoryStore)
 	t.prompts.ids = map[string]struct{}{}
-	t.posting, t.errand, t.writing = newCrew(t, posters), newCrew(t, errands), newCrew(t, writers)
-	t.asking, t.watching, t.renewal = newCrew(t, askers), newCrew(t, watchers), newCrew(t, 1)
+	t.posting, t.errand, t.writing = newCrew(t, posters, 0), newCrew(t, errands, 0), newCrew(t, writers, storeTime)
+	t.asking, t.watching, t.renewal = newCrew(t, askers, storeTime), newCrew(t, watchers, storeTime), newCrew(t, 1, storeTime)
 	t.pod = podView{stream: StreamIdle, remaining: -1, highest: math.Inf(-1), fingerprints: true}
 	t.gauges.stream.Store(StreamIdle)
 	if f := c.opts.hooks.Event; f != nil {
@@ -171,14 +181,14 @@ func (t *tracker) run() {
 		case <-t.ctx.Done():
 			t.mu.Lock()
 			t.abandon()
-			t.mu.Unlock()
+			t.unlock()
 			return
 		case <-t.timer.C:
 			t.mu.Lock()
 			t.clock = time.Time{}
 			t.wake(time.Now())
 			t.setClock()
-			t.mu.Unlock()
+			t.unlock()
 		}
 	}
 }
@@ -186,13 +196,29 @@ func (t *tracker) run() {
 // tell has the tracker take something in; false: it has stopped. f must not wait for anything.
 func (t *tracker) tell(f func()) bool {
 	t.mu.Lock()
-	defer t.mu.Unlock()
+	defer t.unlock()
 	if t.closed {
 		return false
 	}
 	f()
 	t.setClock()
 	return true
+}
+
+// afterwards has something done once the lock is free: what writes to the caller's logger, for one.
+func (t *tracker) afterwards(f func()) { t.later = append(t.later, f) }
+
+func (t *tracker) log(level slog.Level, text string, args ...any) {
+	t.afterwards(func() { t.opts.logger.Log(t.ctx, level, text, append(args, "pod", t.opts.name)...) })
+}
+
+func (t *tracker) unlock() {
+	later := t.later
+	t.later = nil
+	t.mu.Unlock()
+	for _, f := range later {
+		f()
+	}
 }
 
 // setClock sets the timer for what is due before what it is set for. It is never set back: run finds out by itself that there is
@@ -209,7 +235,8 @@ func (t *tracker) setClock() {
 type crew struct {
 	t     *tracker
 	limit int
-	ready chan task // for those who wait
+	bound time.Duration // of one piece of work; 0: it has its own
+	ready chan task     // for those who wait
 
 	mu      sync.Mutex
 	workers int // goroutines
@@ -223,8 +250,8 @@ type task func(context.Context) func()
 // crewLinger is how long a goroutine without work stays.
 const crewLinger = 100 * time.Millisecond
 
-func newCrew(t *tracker, limit int) *crew {
-	return &crew{t: t, limit: limit, ready: make(chan task, limit)}
+func newCrew(t *tracker, limit int, bound time.Duration) *crew {
+	return &crew{t: t, limit: limit, bound: bound, ready: make(chan task, limit)}
 }
 
 func (c *crew) do(work task) {
@@ -246,11 +273,20 @@ func (c *crew) run(work task) {
 	idle := time.NewTimer(crewLinger)
 	defer idle.Stop()
 	for work != nil {
-		if after := work(c.t.ctx); after != nil {
+		if after := c.perform(work); after != nil {
 			c.t.tell(after)
 		}
 		work = c.next(idle)
 	}
+}
+
+func (c *crew) perform(work task) func() {
+	if c.bound <= 0 {
+		return work(c.t.ctx)
+	}
+	ctx, cancel := context.WithTimeout(c.t.ctx, c.bound)
+	defer cancel()
+	return work(ctx)
 }
 
 // next is what to do now; nil: end.
@@ -328,7 +364,7 @@ type tracked struct {
 	number  *float64       // the caller's queue number, when this process knows it
 	lease   *lease         // nil for a follower
 	first   int            // the attempt with which this run of the job began: policies count from there
-	stop    func() bool    // ends the watch over the ctx of CancelWithContext; nil: none
+	watched []func() bool  // end the watch over each ctx of CancelWithContext
 
 	posting   postingState
 	look      bool // the next POST could be a repeat: look first
@@ -348,9 +384,12 @@ type tracked struct {
 	sighted     bool      // seen there by this client since it drives the job
 	hearsay     bool      // only a former owner's record says that the pod has it
 	witnesses   []string  // what the pod had then, see podView.witnesses
+	adopted     *adoption // the stream that brings its frames, if it was posted under another client id; nil: ours, or none
 	leaving     bool      // the verdict is known, but the pod may still have the prompt: it must be taken off first
 	left        bool      // the pod has it no more
 	intent      intentState
+	asking      bool // the record is read, because the lease may be lost
+	reading     bool // the record is read, because somebody may want a cancel
 	concluded   bool
 	finished    bool
 	end         *Event // held back until the record has landed
@@ -394,6 +433,8 @@ type followState struct {
 	at    time.Time
 	lease time.Time // as last seen, on the store's clock
 	since time.Time // when that was first seen, on ours
+
+	missedSince time.Time // the store does not have the record since then; zero: it has
 }
 
 // intentState is whether the store was asked for a cancel by somebody else before an interrupt is judged.
@@ -432,6 +473,8 @@ func (l *lease) confirm(ctx context.Context) error {
 	if time.Since(at) < l.freshFor() {
 		return nil
 	}
+	ctx, cancel := context.WithTimeout(ctx, storeTime)
+	defer cancel()
 	now := time.Now()
 	gone, err := l.t.store.Renew(ctx, l.t.owner, l.t.timing.Lease, []string{l.jobID})
 	if err != nil {
@@ -507,14 +550,14 @@ func (t *tracker) admit(a admission) *Job {
 		t.jobs[a.rec.JobID] = j
 		t.gauges.following.Add(1)
 	} else {
-		j.rec = *a.rec
+		t.followed(j, a.rec, now) // what the former owner wrote last
+		j.graph = a.graph
 	}
 	j.first = 1
 	if a.reopened {
 		j.first = j.rec.Attempt
 	}
-	j.inputs, j.number, j.secrets = a.opts.inputs, a.opts.number, secretsOf(a.opts.extraData)
-	j.hidden = hides(t.opts.apiKey, j.secrets)
+	j.number = a.opts.number
 	j.movedAt, j.seenAt = now, now
 	t.listenIn(j, a)
 	if a.drive {
@@ -565,19 +608,38 @@ func (t *tracker) drive(j *tracked, a admission, now time.Time) {
 	t.due.linger = time.Time{}
 	t.stream.setWanted(true)
 	if t.due.renew.IsZero() {
-		t.due.renew = now.Add(t.timing.Lease / 3)
+		t.due.renew = now.Add(t.renewEvery())
 	}
 }
+
+// renewEvery is the time between two renewals of leases.
+func (t *tracker) renewEvery() time.Duration { return max(t.timing.Lease/3, time.Millisecond) }
 
 // listenIn adds the callbacks of a caller that joins or starts a job.
 func (t *tracker) listenIn(j *tracked, a admission) {
 	for _, f := range a.opts.onEvent {
 		j.handle.attach(newCallback(f))
 	}
-	if a.opts.cancelWithContext && a.ctx != nil && j.stop == nil {
+	if a.opts.cancelWithContext && a.ctx != nil {
 		id := j.rec.JobID
-		j.stop = context.AfterFunc(a.ctx, func() { t.tell(func() { t.cancelByContext(id) }) })
+		j.watched = append(j.watched, context.AfterFunc(a.ctx, func() { t.tell(func() { t.cancelByContext(id) }) }))
 	}
+	// What is not stored, and the one who drives the job by now may lack: Attach and Recover have none of it.
+	if len(j.inputs) == 0 {
+		j.inputs = a.opts.inputs
+	}
+	if len(j.secrets) == 0 {
+		j.secrets = secretsOf(a.opts.extraData)
+		j.hidden = hides(t.opts.apiKey, j.secrets)
+	}
+}
+
+// unwatch lets go of the callers' ctxs.
+func (j *tracked) unwatch() {
+	for _, stop := range j.watched {
+		stop()
+	}
+	j.watched = nil
 }
 
 // register makes frames of the job's prompt find it.
@@ -601,17 +663,18 @@ func (t *tracker) onPod(j *tracked, now time.Time) {
 	}
 	j.seenAt, j.incarnation = now, t.pod.incarnation
 	j.sighted, j.hearsay, j.witnesses, j.breaks = false, false, t.pod.witnesses(), t.endpoint.lines.breaks.Load()
-	if j.rec.ClientID != t.opts.clientID {
-		t.adopt(j.rec.ClientID)
-	}
+	t.adoptStream(j)
 }
 
 // offPod undoes onPod.
 func (t *tracker) offPod(j *tracked) {
-	if !j.acceptedAt.IsZero() {
-		j.acceptedAt = time.Time{}
-		t.inFlight--
+	if j.acceptedAt.IsZero() {
+		return
 	}
+	j.acceptedAt = time.Time{}
+	t.inFlight--
+	t.abandonStream(j)
+	t.pump()
 }
 
 // observe takes an observation in and spreads its news. It reports whether there was any.
@@ -635,7 +698,9 @@ func (t *tracker) observe(j *tracked, o observation, now time.Time) bool {
 	if len(evs) == 0 {
 		return false
 	}
-	j.movedAt = now
+	if _, waits := o.(obsQueued); !waits || !wasAccepted { // a place in the queue is the queue's affair: see podView.movedAt
+		j.movedAt = now
+	}
 	t.spread(j, evs, now)
 	return true
 }
@@ -647,7 +712,11 @@ func (t *tracker) spread(j *tracked, evs []Event, now time.Time) {
 		j.end = &end
 		evs = evs[:len(evs)-1]
 	}
-	j.handle.publish(&j.rec, evs)
+	if j.end == nil { // an end is shown when it stands: another owner may know better
+		j.handle.publish(&j.rec, evs)
+	} else {
+		j.handle.tell(evs)
+	}
 	if t.hook != nil {
 		t.hook.push(evs)
 	}
@@ -851,9 +920,10 @@ func (t *tracker) retryOrFail(j *tracked, err *Error, now time.Time) {
 		return
 	}
 	t.counters.retries.Add(1)
-	t.client.notifyRetry(RetryInfo{
+	info := RetryInfo{
 		Pod: t.opts.name, Op: "execute", JobID: j.rec.JobID, Try: j.rec.Attempt, Wait: wait, NewAttempt: true, Err: err,
-	})
+	}
+	t.afterwards(func() { t.client.notifyRetry(info) })
 	t.nextAttempt(j, err, now.Add(wait), now)
 }
 
@@ -918,9 +988,7 @@ func (t *tracker) conclude(j *tracked, now time.Time) {
 		j.holdUntil = now.Add(max(0, t.timing.StoreWait))
 		t.leaveAttempt(j)
 		t.countEnd(j)
-		if j.stop != nil {
-			j.stop()
-		}
+		j.unwatch()
 	}
 	if j.finished {
 		return
@@ -983,7 +1051,6 @@ func (t *tracker) forget(j *tracked) {
 	if j.lease != nil {
 		t.released()
 	}
-	t.pump()
 }
 
 // released notes that this client drives one job less.
@@ -991,7 +1058,6 @@ func (t *tracker) released() {
 	if t.gauges.owned.Add(-1) == 0 {
 		t.due.linger = time.Now().Add(streamLinger)
 	}
-	t.dropAdopted()
 }
 
 // ---------------------------------------------------------------- stream
@@ -1002,7 +1068,7 @@ func (t *tracker) follows(promptID []byte) bool {
 
 func (t *tracker) frameIn(f *frame) {
 	t.mu.Lock()
-	defer t.mu.Unlock()
+	defer t.unlock()
 	if !t.closed {
 		t.frame(f)
 		t.setClock()
@@ -1032,7 +1098,7 @@ func (t *tracker) frame(f *frame) {
 		}
 		return
 	}
-	if f.msg.SID == "" {
+	if f.from == t.stream && f.msg.SID == "" && f.msg.Type != wire.FeatureFlags { // as stream.hears has it
 		t.pod.heard = true
 	}
 	if f.msg.Type == wire.Status {
@@ -1048,9 +1114,7 @@ func (t *tracker) message(from *stream, m *wire.Message, now time.Time) {
 	case m.PromptID != "":
 		j = t.byPrompt[m.PromptID]
 		if j == nil {
-			if t.prompts.open.Load() > 0 && len(t.strays) < maxStrays {
-				t.strays = append(t.strays, *m)
-			}
+			t.keepStray(m)
 			return
 		}
 		t.current[from] = m.PromptID
@@ -1078,6 +1142,32 @@ func (t *tracker) message(from *stream, m *wire.Message, now time.Time) {
 	}
 }
 
+// keepStray keeps a frame about a prompt that may turn out to be one that is being posted: an old pod names prompts itself. Steps are
+// not worth the room.
+func (t *tracker) keepStray(m *wire.Message) {
+	if t.prompts.open.Load() == 0 || m.Type == wire.Progress || m.Type == wire.ProgressState {
+		return
+	}
+	if len(t.strays) == maxStrays {
+		t.strays = slices.Delete(t.strays, 0, 1)
+	}
+	t.strays = append(t.strays, *m)
+}
+
+// takeStrays has the frames about a prompt taken in that came before its POST was answered.
+func (t *tracker) takeStrays(promptID string, now time.Time) {
+	var its []wire.Message
+	t.strays = slices.DeleteFunc(t.strays, func(m wire.Message) bool {
+		if m.PromptID == promptID {
+			its = append(its, m)
+		}
+		return m.PromptID == promptID
+	})
+	for i := range its {
+		t.message(t.stream, &its[i], now)
+	}
+}
+
 // needsLook tells whether a frame may make something due: progress never does.
 func (j *tracked) needsLook(m *wire.Message) bool {
 	return m.Type != wire.Progress && m.Type != wire.ProgressState || j.index < 0 || j.write.urgent
@@ -1100,10 +1190,18 @@ func (t *tracker) statusFrame(remaining int, now time.Time) {
 	if remaining < 0 || remaining == t.pod.remaining {
 		return
 	}
-	t.pod.remaining, t.pod.movedAt = remaining, now
-	if remaining >= t.inFlight {
-		return
+	if remaining < t.pod.remaining {
+		t.pod.movedAt = now
 	}
+	t.pod.remaining = remaining
+	if remaining < t.inFlight && t.due.count.IsZero() {
+		t.due.count = now.Add(unheardDelay)
+	}
+}
+
+// countOpen has the pod looked at if it has fewer prompts than jobs of ours are open.
+func (t *tracker) countOpen(now time.Time) {
+	t.due.count = time.Time{}
 	open := 0
 	for _, j := range t.jobs {
 		// A frame can be older than the answer to a POST that was faster.
@@ -1111,15 +1209,15 @@ func (t *tracker) statusFrame(remaining int, now time.Time) {
 			open++
 		}
 	}
-	if remaining < open {
-		t.lookBy(now.Add(unheardDelay))
+	if t.pod.remaining < open {
+		t.lookBy(now)
 	}
 }
 
 const (
 	// settleFirst is how long after a terminal frame the history is read if the frame that follows it does not come.
 	settleFirst = 3 * time.Millisecond
-	// unheardDelay lets the frames of an end arrive before it is looked for.
+	// unheardDelay lets the frames of an end arrive before it is looked for, and bounds how often jobs are counted.
 	unheardDelay = 50 * time.Millisecond
 	// deafAfter is how long the stream may lack what a look has shown before it is taken for deaf. A pod may be silent for
 	// a second and a half while it collects garbage (server.md §2).
@@ -1151,7 +1249,7 @@ func (t *tracker) streamChanged(s *stream, state StreamState, err error) {
 			if errors.Is(err, syscall.ECONNREFUSED) {
 				t.noteRefusal(err, now)
 			}
-			t.opts.logger.Debug("comfyui: stream down", "pod", t.opts.name, "error", err)
+			t.log(slog.LevelDebug, "comfyui: stream down", "error", err)
 		}
 		if state != StreamIdle {
 			t.lookBy(now)
@@ -1192,43 +1290,50 @@ func (t *tracker) deafDue(now time.Time) {
 		return
 	}
 	t.counters.deaf.Add(1)
-	t.opts.logger.Info("comfyui: the stream is deaf; reconnecting", "pod", t.opts.name)
+	t.log(slog.LevelInfo, "comfyui: the stream is deaf; reconnecting")
 	t.streamChanged(t.stream, StreamDeaf, nil)
 	t.stream.reconnect()
 }
 
-// adopt listens under the client id of a former owner, to whom the pod sends the frames of a job that was taken over.
-func (t *tracker) adopt(clientID string) {
-	if clientID == "" || t.adopted[clientID] != nil || len(t.adopted) >= maxAdopted {
-		return
-	}
-	s := newStream(clientID, t.endpoint, t.opts, t.counters, t)
-	t.adopted[clientID] = s
-	s.setWanted(true)
-	ctx, cancel := context.WithCancel(t.ctx)
-	s.leave = cancel
-	t.wg.Go(func() { s.run(ctx) })
+// adoption is a stream under the client id of a former owner, to whom the pod sends the frames of jobs that were taken over.
+type adoption struct {
+	*stream
+	leave context.CancelFunc
+	jobs  int // that need it
 }
 
-// dropAdopted ends adopted streams that no job needs.
-func (t *tracker) dropAdopted() {
-	if len(t.adopted) == 0 {
+// adoptStream listens for a job that was posted under another client id.
+func (t *tracker) adoptStream(j *tracked) {
+	id := j.rec.ClientID
+	if id == "" || id == t.opts.clientID || j.adopted != nil {
 		return
 	}
-	needed := map[string]bool{}
-	for _, j := range t.jobs {
-		if id := j.rec.ClientID; j.lease != nil && !j.concluded && j.rec.Accepted && t.adopted[id] != nil {
-			if needed[id] = true; len(needed) == len(t.adopted) {
-				return // which a few jobs tell, as a rule: this is asked at each end
-			}
+	a := t.adopted[id]
+	if a == nil {
+		if len(t.adopted) >= maxAdopted {
+			return
 		}
+		ctx, leave := context.WithCancel(t.ctx)
+		a = &adoption{stream: newStream(id, t.endpoint, t.opts, t.counters, t), leave: leave}
+		t.adopted[id] = a
+		a.setWanted(true)
+		t.wg.Go(func() { a.run(ctx) })
 	}
-	for id, s := range t.adopted {
-		if !needed[id] {
-			s.leave()
-			delete(t.adopted, id)
-			delete(t.current, s)
-		}
+	a.jobs++
+	j.adopted = a
+}
+
+// abandonStream ends the job's adopted stream if no other job needs it.
+func (t *tracker) abandonStream(j *tracked) {
+	a := j.adopted
+	if a == nil {
+		return
+	}
+	j.adopted = nil
+	if a.jobs--; a.jobs == 0 {
+		a.leave()
+		delete(t.adopted, a.clientID)
+		delete(t.current, a.stream)
 	}
 }
 
@@ -1301,7 +1406,8 @@ func (t *tracker) look(now time.Time) {
 	t.due.looking = true
 	r := &reconciler{
 		endpoint: t.endpoint, started: now, wanted: wanted, fingerprint: t.pod.fingerprints, witnesses: t.pod.witnesses(),
-		incarnation: t.pod.incarnation, proven: t.pod.proven, heavy: t.pod.queueBytes > heavyQueue, heard: t.stream.heard.Load(),
+		incarnation: t.pod.incarnation, proven: t.pod.proven, heard: t.stream.heard.Load(),
+		heavy: t.pod.queueBytes > heavyQueue && now.Sub(t.pod.wholeAt) < wholeEvery,
 	}
 	t.errand.do(func(ctx context.Context) func() {
 		r.run(ctx)
@@ -1341,10 +1447,11 @@ func (t *tracker) tookLook(r *reconciler, now time.Time) {
 		if r.shape.first != "" {
 			t.pod.running = r.shape.first
 		}
-		t.pod.queueBytes = r.bytes
-		if r.shape != t.pod.shape {
-			t.pod.shape, t.pod.movedAt = r.shape, now
+		t.pod.queueBytes, t.pod.wholeAt = r.bytes, now
+		if r.shape.movedFrom(t.pod.shape) {
+			t.pod.movedAt = now
 		}
+		t.pod.shape = r.shape
 	}
 }
 
@@ -1372,7 +1479,7 @@ func (t *tracker) restarted() {
 	t.pod.fingerprints = true
 	t.pod.poison, t.pod.poisonedAt, t.pod.stalledAt = nil, time.Time{}, time.Time{}
 	t.endpoint.forgetVersion()
-	t.opts.logger.Warn("comfyui: the pod has restarted", "pod", t.opts.name)
+	t.log(slog.LevelWarn, "comfyui: the pod has restarted")
 }
 
 // found takes in what a look says of one job.
@@ -1571,6 +1678,10 @@ func (t *tracker) vanished(jobID, promptID string, r *reconciler) {
 	}
 	t.contact(now)
 	t.tookLook(r, now)
+	if j.absent.since.IsZero() || j.attempt.ended != nil { // it was heard of meanwhile
+		t.advance(j, now)
+		return
+	}
 	cause := ErrOutcomeUnknown
 	switch {
 	case t.lostByRestart(j, r):
@@ -1667,7 +1778,7 @@ func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
 	now := time.Now()
 	j.write.busy = false
 	switch {
-	case j.lease == nil:
+	case j.lease == nil, rec.Epoch < j.rec.Epoch: // lost, and won again perhaps
 		return
 	case errors.Is(err, ErrFenced):
 		t.fenced(j, stored, now)
@@ -1677,7 +1788,7 @@ func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
 		j.write.failures++
 		j.write.dirty, j.write.at = true, now.Add(min(30*time.Second, 100*time.Millisecond<<min(j.write.failures, 8)))
 		j.write.urgent = true
-		t.opts.logger.Warn("comfyui: the store did not take a record", "pod", t.opts.name, "job", j.rec.JobID, "error", err)
+		t.log(slog.LevelWarn, "comfyui: the store did not take a record", "job", j.rec.JobID, "error", err)
 	default:
 		j.write.failures = 0
 		t.landed(j)
@@ -1702,7 +1813,7 @@ func (t *tracker) landed(j *tracked) {
 
 // fenced turns the job's driver into a follower of whoever drives it now.
 func (t *tracker) fenced(j *tracked, stored *Record, now time.Time) {
-	t.opts.logger.Warn("comfyui: another owner drives the job now", "pod", t.opts.name, "job", j.rec.JobID)
+	t.log(slog.LevelWarn, "comfyui: another owner drives the job now", "job", j.rec.JobID)
 	j.lease.lose()
 	j.stopPosting()
 	t.leaveAttempt(j)
@@ -1734,7 +1845,7 @@ func (t *tracker) renew(now time.Time) {
 	if len(ids) == 0 {
 		return
 	}
-	t.due.renew = now.Add(t.timing.Lease / 3)
+	t.due.renew = now.Add(t.renewEvery())
 	if t.due.renewing {
 		return
 	}
@@ -1787,13 +1898,18 @@ func (t *tracker) renewed(asked time.Time, ids, lost []string, err error, readIn
 
 // lostLease finds out whether the record has another owner or is gone, and brings it back in that case.
 func (t *tracker) lostLease(j *tracked) {
-	id := j.rec.JobID
+	if j.asking {
+		return
+	}
+	j.asking = true
+	id, lease := j.rec.JobID, j.lease
 	t.asking.do(func(ctx context.Context) func() {
 		stored, err := t.store.Get(ctx, id)
 		return func() {
 			now := time.Now()
+			j.asking = false
 			switch {
-			case j.lease == nil || j.concluded:
+			case j.lease != lease || j.concluded:
 			case errors.Is(err, ErrJobNotFound):
 				j.write.dirty, j.write.urgent = true, true // the Update that finds it missing creates it again
 				t.advance(j, now)
@@ -1811,16 +1927,19 @@ func (t *tracker) lostLease(j *tracked) {
 
 // readIntent looks whether somebody has asked for a cancel; nothing else may be written for a while that would tell.
 func (t *tracker) readIntent(j *tracked) {
-	if j.rec.CancelRequested || j.cancel.refused {
+	if j.rec.CancelRequested || j.cancel.refused || j.reading {
 		return
 	}
+	j.reading = true
 	id := j.rec.JobID
 	t.watching.do(func(ctx context.Context) func() {
 		stored, err := t.store.Get(ctx, id)
-		if err != nil || !stored.CancelRequested {
-			return nil
+		return func() {
+			j.reading = false
+			if err == nil && stored.CancelRequested {
+				t.learnIntent(j)
+			}
 		}
-		return func() { t.learnIntent(j) }
 	})
 }
 
@@ -1872,8 +1991,7 @@ func (t *tracker) followAlong(j *tracked, now time.Time) {
 			case err == nil:
 				t.followed(j, rec, now)
 			case errors.Is(err, ErrJobNotFound):
-				t.vanishedRecord(j)
-				return
+				t.missedRecord(j, now)
 			default:
 				t.counters.storeErrors.Add(1)
 			}
@@ -1884,12 +2002,21 @@ func (t *tracker) followAlong(j *tracked, now time.Time) {
 
 // followed shows what another owner has written.
 func (t *tracker) followed(j *tracked, rec *Record, now time.Time) {
+	j.follow.missedSince = time.Time{}
 	if !rec.LeaseUntil.Equal(j.follow.lease) || j.follow.since.IsZero() {
 		j.follow.lease, j.follow.since = rec.LeaseUntil, now
 	}
 	was := j.rec
-	evs := eventsBetween(&was, rec)
-	j.rec = *rec
+	was.Progress = j.handle.shown()
+	fresh := *rec
+	fresh.Progress.Fraction = max(fresh.Progress.Fraction, was.Progress.Fraction) // the writer may be behind what was shown here
+	evs := eventsBetween(&was, &fresh)
+	for i := range evs {
+		if evs[i].Time.IsZero() { // the record does not tell when
+			evs[i].Time = now
+		}
+	}
+	j.rec, j.attempt = fresh, attemptState{}
 	if rec.Accepted {
 		j.handle.accept()
 	}
@@ -1918,8 +2045,20 @@ func (t *tracker) tookOver(j *tracked, rec *Record, asked time.Time) {
 	t.advance(j, now)
 }
 
-// vanishedRecord ends the handle of a followed job whose record is gone: nobody can tell how it ended.
+// missedRecord takes in that the record of a followed job is not there: its owner creates it again at the next renewal, if it lives.
+func (t *tracker) missedRecord(j *tracked, now time.Time) {
+	f := &j.follow
+	if f.missedSince.IsZero() {
+		f.missedSince = now
+	}
+	if now.Sub(f.missedSince) > t.timing.Lease {
+		t.vanishedRecord(j)
+	}
+}
+
+// vanishedRecord ends the handle of a followed job whose record is gone for good: nobody can tell how it ended.
 func (t *tracker) vanishedRecord(j *tracked) {
+	j.unwatch()
 	j.finished, j.concluded = true, true
 	j.handle.finish(nil, &Error{
 		Op: "wait", Pod: t.opts.name, JobID: j.rec.JobID, PromptID: j.rec.PromptID, Attempt: j.rec.Attempt, Status: j.rec.Progress.Status,
@@ -1986,6 +2125,7 @@ func (t *tracker) nextWake() time.Time {
 	if !t.due.looking {
 		earliest(t.due.look)
 	}
+	earliest(t.due.count)
 	earliest(t.due.renew)
 	earliest(t.due.deaf)
 	earliest(t.due.linger)
@@ -2003,6 +2143,9 @@ func (t *tracker) wake(now time.Time) {
 	}
 	if past(t.due.renew) {
 		t.renew(now)
+	}
+	if past(t.due.count) {
+		t.countOpen(now)
 	}
 	if !t.due.looking && past(t.due.look) {
 		t.look(now)
@@ -2025,9 +2168,7 @@ func (t *tracker) abandon() {
 	t.closed = true
 	for _, j := range t.jobs {
 		j.stopPosting()
-		if j.stop != nil {
-			j.stop()
-		}
+		j.unwatch()
 		if !j.finished {
 			j.handle.finish(nil, &Error{
 				Op: "wait", Pod: t.opts.name, JobID: j.rec.JobID, PromptID: j.rec.PromptID, Attempt: j.rec.Attempt,

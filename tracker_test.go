@@ -28,7 +28,7 @@ func TestCrew(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				const limit, tasks = 3, 20
 				tr := &tracker{ctx: t.Context()}
-				c := newCrew(tr, limit)
+				c := newCrew(tr, limit, 0)
 				var busy, most atomic.Int32
 				var mu sync.Mutex
 				var done, told []int
@@ -63,7 +63,7 @@ func TestCrewEndsWithItsTracker(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		tr := &tracker{ctx: ctx}
-		c := newCrew(tr, 2)
+		c := newCrew(tr, 2, 0)
 		c.do(func(context.Context) func() { return nil })
 		synctest.Wait()
 		assert.Equal(t, 1, c.waiting)

@@ -66,8 +66,7 @@ type stream struct {
 	counters *counters
 	sink     streamSink
 
-	leave  context.CancelFunc // of an adopted stream
-	want   chan struct{}      // holds a token after wanted has changed
+	want   chan struct{} // holds a token after wanted has changed
 	wanted atomic.Bool
 	redial chan struct{} // holds a token when the connection is to be replaced
 	soon   chan struct{} // holds a token when the pause before the next one is to end
@@ -287,14 +286,19 @@ func (l *listening) goodbye() {
 
 // alive gives the connection another two ping periods.
 func (l *listening) alive() {
-	if l.timing.Ping > 0 && !l.closing.Load() {
-		_ = l.conn.SetReadDeadline(time.Now().Add(2 * l.timing.Ping))
+	if l.timing.Ping <= 0 || l.closing.Load() {
+		return
+	}
+	_ = l.conn.SetReadDeadline(time.Now().Add(2 * l.timing.Ping))
+	if l.closing.Load() { // just now: its deadline must not be lost
+		_ = l.conn.SetReadDeadline(time.Now().Add(closeWait))
 	}
 }
 
 // listen hands frames over until the connection fails.
 func (l *listening) listen() error {
 	_ = l.conn.SetReadDeadline(time.Now().Add(l.timing.Connect)) // for the greeting
+	_ = l.conn.SetWriteDeadline(time.Now().Add(l.timing.Connect))
 	l.conn.SetPongHandler(func(string) error { l.alive(); return nil })
 	if err := l.conn.WriteMessage(websocket.TextMessage, announceFeatures); err != nil {
 		return l.failed(err)
