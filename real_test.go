@@ -995,11 +995,16 @@ func (r *realRun) manyFiles() {
 func (r *realRun) unknownFrames() {
 	c := r.client(comfyui.WithPreviews())
 	seed := fresh()
-	result, events := r.run(c, r.workflow(nodes{
+	ns := nodes{
 		"1": {"ProbeFrames", inputs{"binary_type": 99, "size": 100_000, "seed": seed}},
 		"2": {"ProbeProgressText", inputs{"text": "half way", "scope": "client", "seed": seed, "image": link("1")}},
 		"3": {"SaveImage", inputs{"images": link("2"), "filename_prefix": "comfyui_go/frames"}},
-	}))
+	}
+	if !r.pod.since("0.3.45") { // it names the prompt itself: frames without a prompt that overtake its answer are nobody's
+		ns["4"] = node{"ProbeSleep", inputs{"steps": 4, "seconds": 0.2, "seed": seed}}
+		ns["1"].inputs["image"] = link("4")
+	}
+	result, events := r.run(c, r.workflow(ns))
 	r.ranOnce(result)
 	var raw []string
 	for _, e := range events {
