@@ -51,7 +51,6 @@ func scaled(count, least int) int { return max(least, int(math.Ceil(float64(coun
 type tally struct {
 	mu     sync.Mutex
 	counts map[string]int
-	late   time.Duration
 }
 
 func (s *tally) add(what string, n int) {
@@ -64,13 +63,6 @@ func (s *tally) get(what string) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.counts[what]
-}
-
-// lag keeps the longest time between the end of a job and the return of its Wait.
-func (s *tally) lag(d time.Duration) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.late = max(s.late, d)
 }
 
 // line is the summary: the counts, those of zero too.
@@ -205,12 +197,11 @@ func (w *trial) upTo(most time.Duration) time.Duration {
 	return d
 }
 
-// attempt is a job of a trial.
+// triedJob is a job of a trial.
 type triedJob struct {
 	*comfyui.Job
 	id        string
 	log       *journal
-	client    *comfyui.PodClient
 	submitErr error
 }
 
@@ -232,7 +223,7 @@ func (w *trial) workflow(classes ...string) (*comfyui.Workflow, string) {
 // submit submits a job without waiting for the pod to take it.
 func (w *trial) submit(wg *sync.WaitGroup, c *comfyui.PodClient, classes []string, opts ...comfyui.JobOption) *triedJob {
 	graph, id := w.workflow(classes...)
-	j := &triedJob{id: id, log: &journal{}, client: c}
+	j := &triedJob{id: id, log: &journal{}}
 	opts = append(opts, j.log.option())
 	if w.rng.IntN(2) == 0 { // else the id is in the marker only
 		opts = append(opts, comfyui.WithJobID(id))
@@ -466,7 +457,6 @@ func (w *trial) punctual(j *triedJob, undisturbed bool) {
 		return
 	}
 	lag := evs[0].Time.Sub(done.(time.Time))
-	w.sum.lag(lag)
 	if lag > w.pace.pollStreaming()+2*w.pace.poll()+2*time.Second {
 		w.sum.add("late ends", 1)
 		w.t.Errorf("job %s ended %s before that was known", j.id, lag)
@@ -689,7 +679,7 @@ func (w *trial) restartOnce(clients []*comfyui.PodClient, streams bool) {
 // submitNamed submits a job under the trial's own id for it.
 func (w *trial) submitNamed(wg *sync.WaitGroup, c *comfyui.PodClient, classes []string, opts ...comfyui.JobOption) *triedJob {
 	graph, id := w.workflow(classes...)
-	j := &triedJob{id: id, log: &journal{}, client: c}
+	j := &triedJob{id: id, log: &journal{}}
 	wg.Go(func() {
 		j.Job, j.submitErr = c.Submit(w.ctx, graph, append(opts, j.log.option(), comfyui.WithJobID(id))...)
 	})
@@ -755,7 +745,7 @@ func (w *trial) cancelSome(clients []*comfyui.PodClient, most int) (cancels int)
 				w.sum.add("by a context", 1)
 				ctx, cancel := context.WithCancel(w.ctx)
 				graph, id := w.workflow(classes...)
-				v.triedJob = &triedJob{id: id, log: &journal{}, client: c}
+				v.triedJob = &triedJob{id: id, log: &journal{}}
 				submits.Go(func() {
 					v.Job, v.submitErr = c.Submit(ctx, graph, v.log.option(), comfyui.WithJobID(id), comfyui.CancelWithContext())
 				})
