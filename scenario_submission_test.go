@@ -415,6 +415,39 @@ func TestS6PartlyValid(t *testing.T) {
 	})
 }
 
+// What the pod says of outputs that it dropped is in the answer to the POST alone. A job that is over before that has come waits for it.
+func TestS6S8PartlyValidAndOverBeforeTheReply(t *testing.T) {
+	t.Parallel()
+	w, err := comfyui.ParseWorkflow([]byte(partlyValid))
+	require.NoError(t, err)
+	everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, _ line) {
+		var invalid *comfyui.ValidationError
+		r, err := b.client().Execute(b.ctx, w)
+		require.ErrorAs(t, err, &invalid)
+		assert.Contains(t, invalid.Nodes, "3")
+		assert.Equal(t, comfyui.StatusFailed, r.Status)
+		r, err = b.client().Execute(b.ctx, w, comfyui.AllowPartial())
+		succeeded(t, r, err)
+		require.Len(t, r.Warnings, 1)
+		require.ErrorAs(t, r.Warnings[0], &invalid)
+		for _, p := range b.pod.Prompts() {
+			assert.Equal(t, 1, p.Posts)
+		}
+	}, slowAnswer(http.MethodPost, "/prompt", time.Second))
+}
+
+// An answer that never comes is not waited for.
+func TestS1S8OverAndNeverAnswered(t *testing.T) {
+	t.Parallel()
+	everywhere(t, releases[1:], []line{streaming}, func(t *testing.T, b *bench, _ line) { // an older pod names the prompt in the answer
+		start := time.Now()
+		r, err := b.client().Execute(b.ctx, graphOf(t, "Work", 1))
+		succeeded(t, r, err)
+		assert.Less(t, time.Since(start), 10*time.Second)
+		b.ranOnce()
+	}, slowAnswer(http.MethodPost, "/prompt", time.Hour))
+}
+
 func TestS7RefusedByValidation(t *testing.T) {
 	t.Parallel()
 	t.Run("by node", func(t *testing.T) {

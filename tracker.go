@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"container/heap"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -421,6 +422,7 @@ type settleState struct {
 	busy   bool
 	at, by time.Time
 	tries  int
+	entry  *wire.HistoryEntry // read, and not taken in before the POST is answered; nil: none
 }
 
 type absentState struct {
@@ -748,6 +750,7 @@ func (t *tracker) advance(j *tracked, now time.Time) {
 	case j.lease == nil:
 		t.followAlong(j, now)
 	default:
+		t.heldDue(j, now)
 		t.keepLimits(j, now)
 		t.judge(j, now)
 		if !j.rec.Progress.Status.Terminal() {
@@ -776,7 +779,7 @@ func (j *tracked) unwritten() bool { return j.lease != nil && (j.write.dirty || 
 
 // keepLimits ends a job that has reached one of its limits, once it is off the pod.
 func (t *tracker) keepLimits(j *tracked, now time.Time) {
-	if j.attempt.verdict != nil {
+	if j.attempt.verdict != nil || j.rec.Progress.Status.Terminal() {
 		return
 	}
 	name, over, next := j.overLimit(now, t)
@@ -1529,10 +1532,45 @@ func (t *tracker) onSight(j *tracked, at time.Time, incarnation int) {
 func (t *tracker) historyRead(j *tracked, entry *wire.HistoryEntry, now time.Time) {
 	t.pod.ended = entry.PromptID
 	j.absent.since = time.Time{}
-	outs := outputsOf(t.client, entry.Outputs)
 	j.left = true
-	t.observe(j, obsHistory{entry, outs}, now)
+	if j.awaitsReply(now) && mayLack(j.rec.Workflow, entry) {
+		j.settle.entry = entry
+		j.at(j.acceptedAt.Add(replyWait))
+		return
+	}
+	t.decide(j, entry, now)
+}
+
+// decide lets the history say how the attempt ended.
+func (t *tracker) decide(j *tracked, entry *wire.HistoryEntry, now time.Time) {
+	j.settle.entry = nil
+	t.observe(j, obsHistory{entry, outputsOf(t.client, entry.Outputs)}, now)
 	t.notePoison(j, now)
+}
+
+// replyWait is how long a job that is over on the pod waits for the answer to its POST, if there is a sign that outputs failed
+// validation: that answer alone says so (server.md §1), and it may still be on its way when the history has been read.
+const replyWait = 2 * time.Second
+
+func (j *tracked) awaitsReply(now time.Time) bool {
+	return j.posting.busy && now.Before(j.acceptedAt.Add(replyWait))
+}
+
+// mayLack tells whether the pod may have dropped outputs: a node that feeds no other is an output as a rule, and did not run as one.
+func mayLack(workflow json.RawMessage, entry *wire.HistoryEntry) bool {
+	w, err := ParseWorkflow(workflow)
+	return err == nil && slices.ContainsFunc(w.ends(), func(id string) bool { return !slices.Contains(entry.Targets, id) })
+}
+
+// heldDue decides by the history that was held back, when the answer has come or has been waited for long enough.
+func (t *tracker) heldDue(j *tracked, now time.Time) {
+	switch entry := j.settle.entry; {
+	case entry == nil:
+	case j.awaitsReply(now):
+		j.at(j.acceptedAt.Add(replyWait))
+	default:
+		t.decide(j, entry, now)
+	}
 }
 
 // notePoison remembers a fault that only a restart of the pod clears.

@@ -330,6 +330,25 @@ func (w *Workflow) Nodes() iter.Seq[Node] {
 	}
 }
 
+// ends returns the nodes that feed no other.
+func (w *Workflow) ends() []string {
+	feeds := map[string]bool{}
+	for n := range w.Nodes() {
+		for _, v := range n.Inputs {
+			if link, ok := v.(Link); ok {
+				feeds[link.Node] = true
+			}
+		}
+	}
+	var ends []string
+	for _, n := range w.nodes {
+		if !feeds[n.id] {
+			ends = append(ends, n.id)
+		}
+	}
+	return ends
+}
+
 // MarshalJSON returns the graph with nodes and fields in the order in which they were loaded, in UI format if it was loaded in
 // that. A nil Workflow is null, an empty one {}.
 func (w *Workflow) MarshalJSON() ([]byte, error) {

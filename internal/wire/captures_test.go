@@ -320,6 +320,7 @@ func assertHistory(t testing.TB, body []byte, at string) {
 			assertItem(t, prompt, QueueItem{
 				ClientID: got.ClientID, Marker: got.Marker, Graph: got.Graph, ExtraData: got.ExtraData, Outputs: strs(prompt[4]),
 			}, withGraphs, at)
+			assert.Equal(t, strs(prompt[4]), got.Targets, at)
 			assertEnd(t, in(entry, "status"), in(entry, "outputs"), got, withGraphs, at)
 		}
 	}

@@ -11,7 +11,8 @@ type HistoryEntry struct {
 	Number      float64
 	ClientID    string
 	Marker      Marker
-	Status      string // status_str: "success" or "error", also when interrupted; "" when status is null
+	Targets     []string // the output nodes that were to run
+	Status      string   // status_str: "success" or "error", also when interrupted; "" when status is null
 	Completed   bool
 	Messages    []HistoryMessage
 	RawMessages []json.RawMessage // the same, as [name, data]; only withGraphs
@@ -85,8 +86,8 @@ func (d *Decoder) historyEntry(withGraphs bool) HistoryEntry {
 	for s.object(); s.next(); {
 		switch string(s.key) {
 		case "prompt":
-			item, _ := d.queueItem(withGraphs)
-			e.Number, e.ClientID, e.Marker = item.Number, item.ClientID, item.Marker
+			item, _ := d.queueItem(withGraphs, true)
+			e.Number, e.ClientID, e.Marker, e.Targets = item.Number, item.ClientID, item.Marker, item.Outputs
 			e.Graph, e.ExtraData = item.Graph, item.ExtraData
 		case "outputs":
 			e.Outputs = d.nodeOutputs()

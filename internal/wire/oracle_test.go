@@ -369,6 +369,7 @@ func oracleEntry(id string, raw json.RawMessage, withGraphs bool) HistoryEntry {
 		}
 		extra := oracleFields(list[3])
 		e.Number, e.ClientID, e.Marker = oracleNumber(list[0]), oracleID(extra["client_id"]), oracleMarker(extra["comfyui_go"])
+		e.Targets = oracleIDs(list[4])
 		if withGraphs {
 			e.Graph, e.ExtraData = oracleRaw(list[2]), oracleRaw(list[3])
 		}

@@ -67,7 +67,7 @@ func (d *Decoder) queueItems(withGraphs bool) (items []QueueItem, ok bool) {
 	}
 	ok = true
 	for s.elem() && s.take() {
-		item, isItem := d.queueItem(withGraphs)
+		item, isItem := d.queueItem(withGraphs, withGraphs)
 		items = append(items, item)
 		ok = ok && isItem
 	}
@@ -75,7 +75,7 @@ func (d *Decoder) queueItems(withGraphs bool) (items []QueueItem, ok bool) {
 }
 
 // queueItem reads [number, prompt id, graph, extra_data, output nodes, …]; history entries hold the same list.
-func (d *Decoder) queueItem(withGraphs bool) (item QueueItem, ok bool) {
+func (d *Decoder) queueItem(withGraphs, withOutputs bool) (item QueueItem, ok bool) {
 	s := &d.s
 	if !s.list() {
 		return item, false
@@ -91,7 +91,7 @@ func (d *Decoder) queueItem(withGraphs bool) (item QueueItem, ok bool) {
 			item.Graph = s.raw()
 		case n == 3:
 			item.ExtraData = d.extraData(&item, withGraphs)
-		case n == 4 && withGraphs:
+		case n == 4 && withOutputs:
 			item.Outputs = d.ids()
 		default:
 			s.skip()

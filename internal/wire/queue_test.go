@@ -69,7 +69,7 @@ func TestHistoryEntry(t *testing.T) {
 	failure := Message{Type: ExecutionError, Name: "execution_error", Remaining: -1, Failure: &Failure{ExceptionType: "RuntimeError"}}
 	blocked := Message{Type: ExecutionError, Name: "execution_error", Remaining: -1, Failure: &Failure{ExceptionType: "ExecutionBlocked"}}
 	assert.Equal(t, HistoryEntry{
-		PromptID: "b", Number: 7, ClientID: "c", Marker: Marker{JobID: "j"}, Status: "success", Completed: true,
+		PromptID: "b", Number: 7, ClientID: "c", Marker: Marker{JobID: "j"}, Targets: []string{"1"}, Status: "success", Completed: true,
 		Messages: []Message{start, failure, blocked},
 		RawMessages: []json.RawMessage{
 			json.RawMessage(`["execution_start", {"prompt_id": "b", "timestamp": 5}]`),
