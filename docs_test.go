@@ -315,9 +315,9 @@ func TestDocumentedNames(t *testing.T) {
 		}
 	}
 	for _, elsewhere := range []string{
-		"LoadImage", "SaveImage", "PreviewImage", "KSampler", "Upgrade", "Connection", "Origin", // nodes of ComfyUI, headers
+		"LoadImage", "SaveImage", "PreviewImage", "KSampler", "Upgrade", "Connection", "Origin", "Content", "Accept", // nodes of ComfyUI, headers
 		"OutOfMemoryError", "MemoryError", "AcceleratorError", "FileNotFoundError", "ModuleNotFoundError", "ImportError", "SafetensorError", // exceptions
-		"ReadTimeout", "WriteTimeout", "Maximum", // of go-redis; the first word of a message
+		"ReadTimeout", "WriteTimeout", "RoundTripper", "Response", "Maximum", // of go-redis and net/http; the first word of a message
 	} {
 		names[elsewhere] = true
 	}

@@ -199,6 +199,9 @@ func (q *queue) put(it *item) error {
 // get waits for the next item; nil when there are only flags to see to. An error kills the worker.
 func (q *queue) get(ctx context.Context) (*item, error) {
 	for {
+		if ctx.Err() != nil { // what came after the worker's death is not its to take, though it may learn of both at once
+			return nil, ctx.Err()
+		}
 		q.mu.Lock()
 		if len(q.pending) > 0 && q.taking != nil {
 			next := q.pending[0].id
@@ -206,7 +209,7 @@ func (q *queue) get(ctx context.Context) (*item, error) {
 			q.taking(next)
 			q.mu.Lock()
 		}
-		if len(q.pending) > 0 {
+		if len(q.pending) > 0 && ctx.Err() == nil {
 			it, err := q.pending.pop()
 			if err == nil {
 				q.running = append(q.running, it)

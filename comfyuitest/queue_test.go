@@ -1,6 +1,7 @@
 package comfyuitest
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 	"slices"
@@ -340,4 +341,18 @@ func TestHistoryBeforeThereWasAnOffset(t *testing.T) {
 			require.Equal(t, c.first, at(t, page[0].value, "prompt", 2, "1", "inputs", "n"))
 		}, WithVersion(c.version), WithNode("Work", Node{Output: true}))
 	}
+}
+
+// A worker that learns of its death and of a prompt at once takes nothing: that prompt waits for ever.
+func TestDeadWorkerTakesNothing(t *testing.T) {
+	t.Parallel()
+	q := newQueue(1, func(int) {})
+	ctx, kill := context.WithCancel(t.Context())
+	kill()
+	require.NoError(t, q.put(numbered(1, "a")))
+	_, err := q.get(ctx)
+	require.ErrorIs(t, err, context.Canceled)
+	running, pending := q.snapshot()
+	require.Empty(t, running)
+	require.Len(t, pending, 1)
 }
