@@ -189,6 +189,7 @@ type nodeRun struct {
 	done     bool
 	fraction float64         // of its steps; does not fall when the node starts over
 	inner    map[string]bool // nodes that it expanded into: finished or not
+	finished int             // of these, so that news need not count them
 }
 
 // verdict is an end of an attempt that is not success.
@@ -744,25 +745,32 @@ func (s *jobState) node(id, display string) (n *nodeRun, own bool) {
 	if s.attempt.nodes == nil {
 		s.attempt.nodes = map[string]*nodeRun{}
 	}
-	if _, _, known := s.graph.node(key); known || len(s.attempt.nodes) < maxStrangers {
+	if _, _, known := s.graph.node(key); known || len(s.attempt.nodes) < s.rec.Progress.NodesTotal+maxStrangers {
 		s.attempt.nodes[key] = n
 	}
 	return n, own
 }
 
-// maxStrangers bounds what is kept of nodes that are not the workflow's own, whatever a pod sends.
-const maxStrangers = 10_000
+// maxStrangers bounds what is kept of nodes that are not the workflow's own, maxInner what is kept of those that one of its own
+// has expanded into, whatever a pod sends. Each piece of news walks through the former.
+const (
+	maxStrangers = 256
+	maxInner     = 10_000
+)
 
 // within takes in a node that n expanded into, and tells whether that was news.
 func (n *nodeRun) within(id string, finished bool) bool {
 	was, known := n.inner[id]
-	if was || known && !finished || !known && len(n.inner) >= maxStrangers {
+	if was || known && !finished || !known && len(n.inner) >= maxInner {
 		return false
 	}
 	if n.inner == nil {
 		n.inner = map[string]bool{}
 	}
 	n.inner[id] = finished
+	if finished {
+		n.finished++
+	}
 	return finished
 }
 
@@ -787,14 +795,8 @@ func (n *nodeRun) share() float64 {
 	if len(n.inner) == 0 {
 		return n.fraction
 	}
-	finished := 0
-	for _, done := range n.inner {
-		if done {
-			finished++
-		}
-	}
 	// One more may follow: an expansion tells of its nodes as they come.
-	return float64(finished) / float64(len(n.inner)+1)
+	return float64(n.finished) / float64(len(n.inner)+1)
 }
 
 // almost is the most that Fraction shows before success.
