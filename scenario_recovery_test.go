@@ -1941,3 +1941,34 @@ func TestS35ClaimWithoutAReply(t *testing.T) {
 		assert.Equal(t, 1, follower.Stats().Owned)
 	})
 }
+
+// Who closes with more to write than there is time for gives all leases back nevertheless.
+func TestS35CloseWithMuchToWrite(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		const jobs = 200
+		var slow atomic.Bool
+		memory := comfyui.NewMemoryStore()
+		store := storetest.Flaky(memory, func(_ context.Context, method string) (error, bool) {
+			if method == "Update" && slow.Load() {
+				time.Sleep(20 * time.Millisecond)
+			}
+			return nil, false
+		})
+		// Nothing is written in time, so that there is much to write at the end.
+		c := b.client(comfyui.WithStore(store), comfyui.WithTiming(comfyui.Timing{ProgressWrite: time.Hour}))
+		for n := range jobs {
+			_, err := c.Submit(b.ctx, graphOf(b.t, "Long", n), comfyui.WithJobID(fmt.Sprint("job-", n)))
+			require.NoError(b.t, err)
+		}
+		b.raw("Long", 1000)
+		time.Sleep(2 * time.Minute) // the jobs move up
+		slow.Store(true)
+		require.NoError(b.t, c.Close())
+		for n := range jobs {
+			rec, err := memory.Get(b.ctx, fmt.Sprint("job-", n))
+			require.NoError(b.t, err)
+			assert.True(b.t, rec.Progress.Status.Terminal() || rec.LeaseUntil.IsZero(), "%s is held until %s", rec.JobID, rec.LeaseUntil)
+		}
+	})
+}

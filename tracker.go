@@ -2231,25 +2231,37 @@ func (t *tracker) giveBack(ctx context.Context, jobIDs []string) {
 	}
 }
 
-// leave writes what the store does not have yet and gives the leases back, so that others need not wait for their ends. It
-// runs when all other goroutines have ended.
+// leave writes what the store does not have yet, as far as there is time, and gives the leases back in any case, so that others need
+// not wait for their ends. It runs when all other goroutines have ended.
 func (t *tracker) leave() {
-	ctx, cancel := t.lastCalls(context.Background())
-	defer cancel()
-	var ids []string
+	var held []string
+	var must, may []*tracked // what is more than progress goes first
 	for id, j := range t.jobs {
-		if j.lease == nil {
-			continue
+		over := j.rec.Progress.Status.Terminal()
+		if j.lease != nil && !over {
+			held = append(held, id)
 		}
-		if j.write.dirty || j.write.busy {
-			j.rec.Rev++
-			if _, err := t.writeRecord(ctx, &j.rec); err != nil && ctx.Err() != nil {
-				break
-			}
-		}
-		if !j.rec.Progress.Status.Terminal() {
-			ids = append(ids, id)
+		switch {
+		case !j.unwritten():
+		case over || j.write.urgent || j.write.busy:
+			must = append(must, j)
+		default:
+			may = append(may, j)
 		}
 	}
-	t.giveBack(ctx, ids)
+	t.writeLast(append(must, may...))
+	ctx, cancel := t.lastCalls(context.Background())
+	defer cancel()
+	t.giveBack(ctx, held)
+}
+
+func (t *tracker) writeLast(jobs []*tracked) {
+	ctx, cancel := t.lastCalls(context.Background())
+	defer cancel()
+	for _, j := range jobs {
+		j.rec.Rev++
+		if _, err := t.writeRecord(ctx, &j.rec); err != nil && ctx.Err() != nil {
+			return
+		}
+	}
 }
