@@ -553,7 +553,7 @@ func BenchmarkFollowed(b *testing.B) {
 		}
 		heap := func() (uint64, int) {
 			c.endpoint.own.CloseIdleConnections() // they come with a burst of calls, not with the jobs, and go by themselves
-			time.Sleep(200 * time.Millisecond) // workers and the server's connections settle
+			time.Sleep(200 * time.Millisecond)    // workers and the server's connections settle
 			runtime.GC()
 			runtime.GC()
 			var m runtime.MemStats
