@@ -87,7 +87,7 @@ var createCases = []testCase{
 		r := newRecord("job", "a")
 		withStatus(comfyui.StatusFailed)(r)
 		r.Failure = &comfyui.Error{Op: "run", Category: comfyui.CategoryExecution, Err: fmt.Errorf("node 3 failed")}
-		r.Retention = f.short()
+		r.Retention = f.brief()
 		got, err := f.store.Create(f.ctx, r, long)
 		f.must(err)
 		if got.Workflow != nil || !got.LeaseUntil.IsZero() || got.Progress.Status != comfyui.StatusFailed {
@@ -95,7 +95,7 @@ var createCases = []testCase{
 		}
 		f.wantUnchanged(got)
 		f.wantIDs(f.unfinished(""))
-		f.lapse()
+		f.expire()
 		_, err = f.store.Get(f.ctx, "job")
 		f.wantError(err, comfyui.ErrJobNotFound)
 	}},
@@ -354,7 +354,7 @@ var updateCases = []testCase{
 	}},
 	{"Update/reopens an ended job that was claimed, and undoes the end", func(f *fixture) {
 		r := f.create("job", "a", long)
-		r.Retention = f.short()
+		r.Retention = f.brief()
 		_, err := f.store.RequestCancel(f.ctx, "job")
 		f.must(err)
 		f.end(r, comfyui.StatusCancelled)
@@ -369,7 +369,7 @@ var updateCases = []testCase{
 		}
 		f.wantSame(f.update(again), got)
 		f.wantIDs(f.unfinished(""), "job")
-		f.lapse()
+		f.expire()
 		f.wantUnchanged(got)
 		_, err = f.store.Claim(f.ctx, "job", "c", long)
 		f.wantError(err, comfyui.ErrJobHeld)
@@ -457,7 +457,7 @@ var leaseCases = []testCase{
 	}},
 	{"Claim/an ended job stays ended and is kept for the ttl at least", func(f *fixture) {
 		r := f.create("job", "a", long)
-		r.Retention = f.short()
+		r.Retention = f.brief()
 		ended := f.end(r, comfyui.StatusFailed)
 		got := f.claim("job", "b", long)
 		f.wantHolder(got, "b", 2)
@@ -465,7 +465,7 @@ var leaseCases = []testCase{
 			f.Fatalf("status %q, lease until %v", got.Progress.Status, got.LeaseUntil)
 		}
 		f.wantIDs(f.unfinished(""))
-		f.lapse()
+		f.expire()
 		f.wantUnchanged(got)
 		_, err := f.store.Claim(f.ctx, "job", "c", long)
 		f.wantError(err, comfyui.ErrJobHeld)
@@ -480,7 +480,7 @@ var leaseCases = []testCase{
 		got := f.claim("job", "b", f.short())
 		f.lapse()
 		f.wantUnchanged(got)
-		f.wantHolder(f.claim("job", "c", f.short()), "c", 3)
+		f.wantHolder(f.claim("job", "c", long), "c", got.Epoch+1)
 	}},
 	{"Renew/extends the owner's leases", func(f *fixture) {
 		ids := []string{"j1", "j2", "j3"}

@@ -81,13 +81,19 @@ func (f *fixture) short() time.Duration {
 	return time.Minute
 }
 
-// lapse lets what has the ttl short run out.
-func (f *fixture) lapse() {
+// brief is a Retention that expire lets run out, and that still runs when the next call comes, slow as the store may be.
+func (f *fixture) brief() time.Duration { return max(f.short(), 3*time.Second) }
+
+// lapse lets what has the ttl short run out, expire what has the Retention brief.
+func (f *fixture) lapse()  { f.pass(f.short()) }
+func (f *fixture) expire() { f.pass(f.brief()) }
+
+func (f *fixture) pass(d time.Duration) {
 	if f.advance == nil {
-		time.Sleep(f.short() + 50*time.Millisecond)
+		time.Sleep(d + 50*time.Millisecond)
 		return
 	}
-	f.advance(f.short())
+	f.advance(d)
 }
 
 // newRecord has something in every field.
