@@ -321,13 +321,14 @@ func TestS34KilledInEveryState(t *testing.T) {
 		class    string
 		trigger  func() func(string) bool // kills; else the process dies at a time
 		busy     bool                     // another job runs first
+		deaf     bool                     // no stream: nothing but the answer tells that the pod took the prompt
 		diesAt   time.Duration
 		was      comfyui.Status // in the record that the dead process left
 		accepted bool
 		posts    int // by the heir
 	}{
 		"before the POST":     {class: "Work", trigger: func() func(string) bool { return nth(1, "pod before POST /prompt") }, was: comfyui.StatusPending, posts: 1},
-		"the reply lost":      {class: "Work", trigger: func() func(string) bool { return nth(1, "pod answers POST /prompt") }, was: comfyui.StatusPending},
+		"the reply lost":      {class: "Work", trigger: func() func(string) bool { return nth(1, "pod answers POST /prompt") }, deaf: true, was: comfyui.StatusPending},
 		"pending":             {class: "Work", busy: true, diesAt: 5 * time.Second, was: comfyui.StatusQueued, accepted: true},
 		"running":             {class: "Long", diesAt: 5 * time.Second, was: comfyui.StatusRunning, accepted: true},
 		"finished but unread": {class: "Long", diesAt: 59*time.Second + 990*time.Millisecond, was: comfyui.StatusRunning, accepted: true},
@@ -342,6 +343,9 @@ func TestS34KilledInEveryState(t *testing.T) {
 					trigger = c.trigger()
 				}
 				p := b.process(store, trigger)
+				if c.deaf {
+					b.pod.RefuseStreams(http.StatusForbidden)
+				}
 				if c.busy {
 					_, err := b.bystander().Submit(b.ctx, graphOf(t, "Long", 7))
 					require.NoError(t, err)
