@@ -111,7 +111,10 @@ func (p *process) getJobs(r *request) *answer {
 	if refused != nil {
 		return refused
 	}
-	jobs := p.jobs(q)
+	jobs, ok := p.jobs(q)
+	if !ok {
+		return troubleAnswer()
+	}
 	if q.workflowID != "" {
 		jobs = slices.DeleteFunc(jobs, func(job object) bool {
 			id, _ := job.get("workflow_id")
@@ -132,26 +135,29 @@ func (p *process) getJobs(r *request) *answer {
 	})
 }
 
-// jobs lists what the query's states ask for: running, pending, then the history.
-func (p *process) jobs(q jobQuery) []object {
+// jobs lists what the query's states ask for: running, pending, then the history; false: the server stumbles over one of them.
+func (p *process) jobs(q jobQuery) (jobs []object, ok bool) {
 	running, pending := p.queue.snapshot()
-	var jobs []object
+	ok = true
+	take := func(job object, fine bool) {
+		jobs, ok = append(jobs, job), ok && fine
+	}
 	if slices.Contains(q.states, jobInProgress) {
 		for _, it := range running {
-			jobs = append(jobs, p.queuedJob(it, jobInProgress))
+			take(p.queuedJob(it, jobInProgress))
 		}
 	}
 	if slices.Contains(q.states, jobPending) {
 		for _, it := range pending {
-			jobs = append(jobs, p.queuedJob(it, jobPending))
+			take(p.queuedJob(it, jobPending))
 		}
 	}
 	for _, entry := range p.queue.historyEntries() {
 		if slices.Contains(q.states, p.version.endState(entry)) {
-			jobs = append(jobs, p.endedJob(entry))
+			take(p.endedJob(entry))
 		}
 	}
-	return jobs
+	return jobs, ok
 }
 
 // sortJobs keeps the order of equal ones, in both directions, as Python's sorted does.
@@ -184,25 +190,32 @@ func pruned(o object) object {
 	return slices.DeleteFunc(o, func(f field) bool { return f.value == nil })
 }
 
-func (p *process) queuedJob(it *item, state string) object {
-	created, workflow := jobMetadata(it.extra)
+// queuedJob is a prompt in the queue; false: the server stumbles over it.
+func (p *process) queuedJob(it *item, state string) (object, bool) {
+	created, workflow, ok := jobMetadata(it.extra)
 	job := object{{"id", it.id}, {"status", state}, {"priority", it.number}, {"create_time", created}, {"outputs_count", 0}}
 	if p.version.countsPreviewable() {
 		job = append(job, field{"previewable_outputs_count", 0})
 	}
-	return pruned(append(job, field{"workflow_id", workflow}))
+	return pruned(append(job, field{"workflow_id", workflow})), ok
 }
 
-// jobMetadata is create_time, and the id of the editor's graph.
-func jobMetadata(extra any) (created, workflow any) {
-	o, _ := extra.(object)
+// jobMetadata is create_time, and the id of the editor's graph. The server takes for granted that extra_pnginfo and the graph, where
+// they are, are objects: else the answer is a 500.
+func jobMetadata(extra any) (created, workflow any, ok bool) {
+	o, ok := extra.(object)
 	created, _ = o.get("create_time")
-	info, _ := o.get("extra_pnginfo")
-	pngInfo, _ := info.(object)
-	graph, _ := pngInfo.get("workflow")
-	fields, _ := graph.(object)
-	workflow, _ = fields.get("id")
-	return created, workflow
+	for _, key := range []string{"extra_pnginfo", "workflow"} {
+		inner, has := o.get(key)
+		if !has {
+			return created, nil, ok
+		}
+		if o, ok = inner.(object); !ok {
+			return created, nil, false
+		}
+	}
+	workflow, _ = o.get("id")
+	return created, workflow, ok
 }
 
 // endState is how an entry of the history ended. A run that ended in an error before any node failed counts as completed.
@@ -216,7 +229,8 @@ func (v version) endState(entry *historyEntry) string {
 	return jobFailed
 }
 
-func (p *process) endedJob(entry *historyEntry) object {
+// endedJob is an entry of the history; false: the server stumbles over it.
+func (p *process) endedJob(entry *historyEntry) (object, bool) {
 	var start, end, failure any
 	for _, m := range entry.messages {
 		at, _ := m.data.get("timestamp")
@@ -229,7 +243,7 @@ func (p *process) endedJob(entry *historyEntry) object {
 			end, failure = at, m.data
 		}
 	}
-	created, workflow := jobMetadata(entry.extra)
+	created, workflow, ok := jobMetadata(entry.extra)
 	summary := p.version.summarize(entry.outputs)
 	job := object{
 		{"id", entry.item.id},
@@ -244,29 +258,39 @@ func (p *process) endedJob(entry *historyEntry) object {
 	if p.version.countsPreviewable() {
 		job = append(job, field{"previewable_outputs_count", summary.previewable})
 	}
-	return pruned(append(job, field{"preview_output", summary.preview}, field{"workflow_id", workflow}))
+	return pruned(append(job, field{"preview_output", summary.preview}, field{"workflow_id", workflow})), ok && !summary.stumbles
 }
 
+// getJob reads the queue and then the history, so that a job which ends in between is in one of them; but an entry of the history comes
+// before a copy in the queue.
 func (p *process) getJob(r *request) *answer {
 	id := r.vars["id"]
+	running, pending := p.queue.snapshot()
 	if entry, ended := p.queue.historyOf(id); ended {
-		return jsonAnswer(append(p.endedJob(entry),
+		job, ok := p.endedJob(entry)
+		return jobAnswer(append(job,
 			field{"outputs", p.version.normalizedOutputs(entry.outputs)},
 			field{"execution_status", entry.statusJSON()},
-			field{"workflow", object{{"prompt", entry.item.prompt}, {"extra_data", entry.extra}}}))
+			field{"workflow", object{{"prompt", entry.item.prompt}, {"extra_data", entry.extra}}}), ok)
 	}
-	running, pending := p.queue.snapshot()
 	for _, it := range running {
 		if it.id == id {
-			return jsonAnswer(p.queuedJob(it, jobInProgress))
+			return jobAnswer(p.queuedJob(it, jobInProgress))
 		}
 	}
 	for _, it := range pending {
 		if it.id == id {
-			return jsonAnswer(p.queuedJob(it, jobPending))
+			return jobAnswer(p.queuedJob(it, jobPending))
 		}
 	}
 	return jsonError(http.StatusNotFound, object{{"error", "Job not found"}})
+}
+
+func jobAnswer(job object, ok bool) *answer {
+	if !ok {
+		return troubleAnswer()
+	}
+	return jsonAnswer(job)
 }
 
 func (p *process) postCancel(r *request) *answer {
@@ -331,7 +355,8 @@ func (p *process) postCancelBatch(r *request) *answer {
 // jobSummary is what a listing says of a job's outputs.
 type jobSummary struct {
 	count, previewable int
-	preview            any // nil: none
+	preview            any  // nil: none
+	stumbles           bool // the server expects a name or format to be text, and it is not
 }
 
 // countsPreviewable: previewable_outputs_count is listed.
@@ -353,6 +378,7 @@ func (v version) summarize(outputs object) jobSummary {
 					s.count++
 				}
 				item, isEntry := v.outputEntry(value)
+				s.stumbles = s.stumbles || isEntry && v.stumblesOver(list.key, item, choice.saved != nil)
 				switch {
 				case isEntry && v.isPreviewable(list.key, item):
 					s.previewable++
@@ -460,18 +486,38 @@ func textPreview(text string) object {
 	return object{{"content", string(runes[:maxTextPreview])}, {"truncated", true}}
 }
 
-func (v version) isPreviewable(key string, item object) bool {
+// showsAll: whatever stands under the key can be shown.
+func (v version) showsAll(key string) bool {
 	switch key {
 	case "images", "video", "audio":
 		return true
 	case "3d":
-		if v.atLeast(0, 14, 0) {
-			return true
-		}
+		return v.atLeast(0, 14, 0)
 	case "text":
-		if v.atLeast(0, 16, 0) {
-			return true
-		}
+		return v.atLeast(0, 16, 0)
+	}
+	return false
+}
+
+// stumblesOver: asked whether an item can be shown, the server calls methods of text on what may be none. chosen: it has found a saved
+// one, after which it asks only to count.
+func (v version) stumblesOver(key string, item object, chosen bool) bool {
+	isText := func(key string) bool {
+		value, has := item.get(key)
+		_, ok := value.(string)
+		return ok || !has
+	}
+	if v.showsAll(key) { // then it looks for texts among them
+		return v.atLeast(0, 30, 0) && !chosen && key != "text" && !isText("filename")
+	}
+	format, _ := item.get("format")
+	empty := slices.Contains([]string{"None", "False", "0", "0.0", "[]", "{}"}, pyRepr(format))
+	return (!chosen || v.countsPreviewable()) && (!isText("filename") || !isText("format") && !empty)
+}
+
+func (v version) isPreviewable(key string, item object) bool {
+	if v.showsAll(key) {
+		return true
 	}
 	if format := textOf(item, "format", ""); strings.HasPrefix(format, "video/") || strings.HasPrefix(format, "audio/") {
 		return true

@@ -77,6 +77,78 @@ func TestJobs(t *testing.T) {
 	}
 }
 
+// TestJobsTheServerStumblesOver: seen on 0.27.0; the queue and the history show such jobs all the same.
+func TestJobsTheServerStumblesOver(t *testing.T) {
+	t.Parallel()
+	for info, want := range map[string]int{
+		`null`: 500, `[]`: 500, `{"workflow": null}`: 500, `{"workflow": [1]}`: 500, `{"workflow": {}}`: 200, `{}`: 200,
+	} {
+		t.Run(info, func(t *testing.T) {
+			t.Parallel()
+			gated(t, true, func(t *testing.T, p *Pod, g *gate) {
+				r := submit(t, p, graphOf("1", "Gate", nil), "", `"extra_data": {"extra_pnginfo": `+info+`}`)
+				require.Equal(t, http.StatusOK, r.status)
+				id := at(t, r.json(t), "prompt_id").(string)
+				<-g.entered
+				ask := func() {
+					for _, path := range []string{"/api/jobs/" + id, "/api/jobs"} {
+						require.Equal(t, want, do(t, p, http.MethodGet, path, "").status, path)
+					}
+					require.Equal(t, http.StatusNotFound, do(t, p, http.MethodGet, "/api/jobs/other", "").status)
+				}
+				ask()
+				require.Equal(t, []string{id}, queueIDs(t, p, "queue_running"))
+				g.pass <- struct{}{}
+				require.NoError(t, p.WaitIdle(t.Context()))
+				ask()
+				require.Equal(t, http.StatusOK, do(t, p, http.MethodGet, "/history/"+id, "").status)
+			})
+		})
+	}
+	v := func(text string) version {
+		v, err := parseVersion(text)
+		require.NoError(t, err)
+		return v
+	}
+	file := func(name, format any) object {
+		return object{{"filename", name}, {"format", format}, {"type", "output"}}
+	}
+	for _, c := range []struct {
+		version, key string
+		items        []any
+		want         bool
+	}{
+		{"0.27.0", "files", []any{file("a.bin", nil)}, false},
+		{"0.27.0", "files", []any{file(nil, nil)}, true},
+		{"0.27.0", "files", []any{file("a.bin", int64(3))}, true},
+		{"0.27.0", "files", []any{file("a.glb", nil), file(nil, nil)}, false}, // it looks no further
+		{"0.33.0", "files", []any{file("a.glb", nil), file(nil, nil)}, true},  // it counts
+		{"0.27.0", "images", []any{file(nil, nil)}, false},
+		{"0.33.0", "images", []any{file(nil, nil)}, true},
+		{"0.33.0", "images", []any{file("a.png", nil), file(nil, nil)}, false},
+	} {
+		require.Equal(t, c.want, v(c.version).summarize(object{{"1", object{{c.key, c.items}}}}).stumbles, "%s %s %v", c.version, c.key, c.items)
+	}
+}
+
+// TestJobIsSomewhereAsItEnds: a job that ends while it is asked for is in the queue or in the history, as on the server.
+func TestJobIsSomewhereAsItEnds(t *testing.T) {
+	t.Parallel()
+	p := &process{version: newestVersion, queue: newQueue(10, func(int) {})}
+	for range 20_000 {
+		it := &item{number: int64(1), id: idA, extra: object{}}
+		p.queue.removeHistory(idA)
+		p.queue.running = []*item{it}
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			p.queue.done(it, &historyEntry{item: it, extra: object{}, status: "success"})
+		}()
+		require.NotEqual(t, http.StatusNotFound, p.getJob(&request{vars: map[string]string{"id": idA}}).status)
+		<-done
+	}
+}
+
 func TestJobsBeforeThereWereAny(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, p *Pod) {
