@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -117,6 +118,12 @@ func (o *options) validate() error {
 	if o.clientID == "" {
 		fault("WithClientID: the id is empty")
 	}
+	if isNil(o.store) {
+		fault("WithStore: the %T is nil", o.store)
+	}
+	if err := checkHeader(o.header); err != nil {
+		fault("WithHeader: %w", err)
+	}
 	if o.maxInFlight < 0 {
 		fault("WithMaxInFlight: %d is negative; 0 means no bound", o.maxInFlight)
 	}
@@ -160,6 +167,11 @@ func (o *options) parseBase(baseURL string) error {
 	}
 	if u.Host == "" {
 		return fmt.Errorf("comfyui: the pod's base URL names no host; give one such as http://127.0.0.1:8188")
+	}
+	if port := u.Port(); port != "" {
+		if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+			return fmt.Errorf("comfyui: the pod's base URL has the port %s; ports end at 65535", port)
+		}
 	}
 	query, err := url.ParseQuery(u.RawQuery)
 	if err != nil {

@@ -988,7 +988,7 @@ type redisOptions struct {
 // I/O. It refuses nil and *redis.Ring, on which a rehash would fork the truth. It needs Redis 6.2 or later, with
 // maxmemory-policy noeviction: a Redis that evicts keys loses jobs.
 func NewRedisStore(client redis.UniversalClient, opts ...RedisOption) (*RedisStore, error) {
-	if v := reflect.ValueOf(client); !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil() {
+	if isNil(client) {
 		return nil, errors.New("comfyui: NewRedisStore needs a Redis client")
 	}
 	if _, ring := client.(*redis.Ring); ring {
@@ -1009,6 +1009,12 @@ func NewRedisStore(client redis.UniversalClient, opts ...RedisOption) (*RedisSto
 		return nil, fmt.Errorf("comfyui: the Redis call timeout %v is not positive", o.callTimeout)
 	}
 	return &RedisStore{client: impatient(client, o.callTimeout), options: o}, nil
+}
+
+// isNil also finds the nil pointer that hides in an interface.
+func isNil(v any) bool {
+	of := reflect.ValueOf(v)
+	return !of.IsValid() || of.Kind() == reflect.Pointer && of.IsNil()
 }
 
 // impatient returns client, or where that can be a view of it whose reads and writes end, if those of client might not: a call

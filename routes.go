@@ -581,8 +581,11 @@ func (e *endpoint) authorize(ctx context.Context, h http.Header) error {
 	}
 	for _, f := range e.opts.headerFuncs {
 		more, err := f(ctx)
+		if err == nil {
+			err = checkHeader(more)
+		}
 		if err != nil {
-			return err
+			return fmt.Errorf("the header function failed: %w", withoutURL(err))
 		}
 		for name, values := range more {
 			h[http.CanonicalHeaderKey(name)] = slices.Clone(values)
@@ -594,6 +597,21 @@ func (e *endpoint) authorize(ctx context.Context, h http.Header) error {
 	}
 	if h.Get("User-Agent") == "" {
 		h.Set("User-Agent", userAgent())
+	}
+	return nil
+}
+
+// checkHeader refuses what net/http would refuse at each try, as if the network had failed. It shows no value.
+func checkHeader(h http.Header) error {
+	for name, values := range h {
+		if name == "" || strings.ContainsFunc(name, func(r rune) bool { return r <= ' ' || r >= 0x7f || strings.ContainsRune(`"(),/:;<=>?@[\]{}`, r) }) {
+			return fmt.Errorf("the header name %q is empty or has a character that none may have", name)
+		}
+		if slices.ContainsFunc(values, func(v string) bool {
+			return strings.ContainsFunc(v, func(r rune) bool { return r < ' ' && r != '\t' || r == 0x7f })
+		}) {
+			return fmt.Errorf("the value of the header %s has a line feed or another control character in it; trim what comes from a file", name)
+		}
 	}
 	return nil
 }
@@ -726,7 +744,7 @@ func (e *endpoint) request(l *lifeline, q call, reached *connection) (*http.Requ
 		if cut := l.cut(); cut != nil {
 			return nil, cut
 		}
-		return nil, &Error{Op: q.op, Pod: e.opts.name, Category: CategoryAuth, Err: &unsent{fmt.Errorf("the header function failed: %w", withoutURL(err))}}
+		return nil, &Error{Op: q.op, Pod: e.opts.name, Category: CategoryAuth, Err: &unsent{err}}
 	}
 	if host := req.Header.Get("Host"); host != "" {
 		req.Host = host

@@ -13,6 +13,7 @@ import (
 	"image/color"
 	imagepng "image/png"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"net/http/cookiejar"
@@ -1394,6 +1395,70 @@ func TestHeadersOfTheMessageAreTheLibrarys(t *testing.T) {
 	resp, err := c.Do(t.Context(), http.MethodPost, "/custom", nil, map[string]int{"a": 1})
 	require.NoError(t, err)
 	require.NoError(t, resp.Body.Close())
+}
+
+// A handshake that was copied from a browser would keep the stream down for ever.
+func TestHeadersOfTheHandshakeAreTheLibrarys(t *testing.T) {
+	t.Parallel()
+	pod := comfyuitest.Start(t)
+	c := clientOf(t, pod.URL(), WithHeader("Connection", "keep-alive"), WithHeader("Upgrade", "h2c"), WithHeader("Sec-WebSocket-Key", "x"),
+		WithHeader("Sec-WebSocket-Version", "8"), WithHeader("Sec-WebSocket-Extensions", "permessage-deflate"))
+	s := &stream{endpoint: c.endpoint, timing: c.endpoint.timing, clientID: "x"}
+	conn, err := s.dial(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, conn.Close())
+}
+
+// What net/http takes for a failure of the network, time and again.
+func TestHeadersThatCannotBeSent(t *testing.T) {
+	t.Parallel()
+	c := serve(t, func(http.ResponseWriter, *http.Request) { t.Error("sent") },
+		WithHeaderFunc(func(context.Context) (http.Header, error) {
+			return http.Header{"Authorization": {"Bearer s3cret-token\n"}}, nil
+		}))
+	_, err := c.Queue(t.Context())
+	require.ErrorContains(t, err, "the header function failed: the value of the header Authorization has a line feed")
+	assert.Equal(t, CategoryAuth, CategoryOf(err))
+	assert.NotContains(t, err.Error(), "s3cret")
+}
+
+// Each of these would fail or hang at the first call, and far from its cause.
+func TestNewPodClientSaysWhatIsWrong(t *testing.T) {
+	t.Parallel()
+	var memory *MemoryStore
+	var redisStore *RedisStore
+	for _, c := range []struct {
+		url  string
+		opt  Option
+		says string
+	}{
+		{"", nil, "base URL is empty"},
+		{"http://", nil, "names no host"},
+		{"ftp://pod", nil, `scheme "ftp"; use http or https`},
+		{"http://u:s3cret%zz@pod", nil, "cannot be parsed"},
+		{"pod:65536", nil, "the port 65536"},
+		{"pod?token=%zz", nil, "the query of"},
+		{"pod", WithPodName(""), "WithPodName: "},
+		{"pod", WithClientID(""), "WithClientID: "},
+		{"pod", WithMaxInFlight(-1), "WithMaxInFlight: -1"},
+		{"pod", WithTiming(Timing{Lease: -1}), "WithTiming: Lease cannot be switched off"},
+		{"pod", WithTiming(Timing{ReconnectMin: time.Minute}), "WithTiming: ReconnectMax 30s is below"},
+		{"pod", WithRetry(CategoryNetwork, RetryPolicy{Multiplier: math.NaN()}), `the retry policy for "network"`},
+		{"pod", WithStore(memory), "WithStore: the *comfyui.MemoryStore is nil"},
+		{"pod", WithStore(redisStore), "WithStore: the *comfyui.RedisStore is nil"},
+		{"pod", WithHeader("", "x"), "WithHeader: the header name"},
+		{"pod", WithHeader("X Key", "x"), "WithHeader: the header name"},
+		{"pod", WithHeader("X-Key:", "x"), "WithHeader: the header name"},
+		{"pod", WithHeader("X-Clé", "x"), "WithHeader: the header name"},
+		{"pod", WithBearerToken("s3cret\n"), "WithHeader: the value of the header Authorization has a line feed"},
+	} {
+		_, err := NewPodClient(c.url, c.opt)
+		require.ErrorContains(t, err, c.says)
+		assert.NotContains(t, err.Error(), "s3cret")
+	}
+	_, err := NewPodClient(" ws://[::1]:8188/prefix/?token=x ", nil, WithStore(nil), WithHTTPClient(nil), WithDialer(nil), WithHeaderFunc(nil),
+		WithLogger(nil), WithJobDefaults(nil), WithHeader("X-Name", "Zoë\tB"))
+	require.NoError(t, err)
 }
 
 func TestHeaderFuncIsBounded(t *testing.T) {

@@ -193,7 +193,11 @@ func (s *stream) dial(ctx context.Context) (*websocket.Conn, error) {
 	u := s.endpoint.streamURL(s.clientID)
 	header := http.Header{}
 	if err := s.endpoint.authorize(ctx, header); err != nil {
-		return nil, err
+		return nil, &Error{Op: op, Pod: s.endpoint.opts.name, Category: CategoryAuth, Err: err}
+	}
+	// The handshake is not the options' to say, though they may have been copied from a browser: the dialer refuses to go on.
+	for _, name := range []string{"Connection", "Upgrade", "Sec-Websocket-Key", "Sec-Websocket-Version", "Sec-Websocket-Extensions"} {
+		header.Del(name)
 	}
 	dialer := s.endpoint.dialer()
 	if dialer.Jar != nil { // beside a Cookie header of the options the dialer would leave them out
