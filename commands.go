@@ -322,11 +322,14 @@ func (t *tracker) accepted(j *tracked, r submitted, now time.Time) {
 		}
 	}
 	t.takeStrays(r.promptID, now)
-	if r.posts != 1 {
+	switch {
+	case r.posts != 1:
 		t.lookBy(now) // the POST before may have arrived too
-	} else if t.pod.stream == StreamUp {
+	case t.pod.fingerprints:
+		t.lookBy(now) // what else the process has tells it from the next one, which could come at any moment
+	case t.pod.stream == StreamUp:
 		t.lookBy(now.Add(min(max(t.timing.Poll, 0), t.lookPeriod()))) // where it stands in the queue
-	} else {
+	default:
 		t.lookBy(now.Add(max(t.timing.Poll, 0)))
 	}
 }

@@ -513,6 +513,40 @@ func TestS29Restart(t *testing.T) {
 	}
 }
 
+// A restart right after the POST of a client's first job, which waits behind another program's, with that program's next job in the
+// history of the new process by the time that the job is missed: what the old process had tells the two apart.
+func TestS29RestartRightAfterTheFirstPost(t *testing.T) {
+	t.Parallel()
+	for _, down := range []time.Duration{0, 10 * time.Second} {
+		for _, seasoned := range []bool{false, true} {
+			t.Run(fmt.Sprintf("down=%s/seasoned=%t", down, seasoned), func(t *testing.T) {
+				t.Parallel()
+				everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, _ line) {
+					if seasoned {
+						b.raw("Work", 1)
+						require.NoError(t, b.pod.WaitIdle(b.ctx))
+					}
+					b.raw("Long", 2)
+					time.Sleep(time.Second)
+					j, err := b.client().Submit(b.ctx, graphOf(t, "Work", 3))
+					require.NoError(t, err)
+					time.Sleep(100 * time.Millisecond)
+					b.pod.Restart(down)
+					time.Sleep(down + time.Millisecond)
+					b.raw("Work", 4)
+					r, err := j.Wait(b.ctx)
+					succeeded(t, r, err)
+					assert.Equal(t, 2, r.Attempt)
+					for _, p := range b.mine(j.ID()) {
+						assert.Equal(t, 1, p.Posts)
+					}
+					b.untouched(r.PromptID)
+				}, slowAnswer(http.MethodPost, "/prompt", 50*time.Millisecond))
+			})
+		}
+	}
+}
+
 // Several jobs at once: each is posted once more, whatever it was doing.
 func TestS29SeveralJobs(t *testing.T) {
 	t.Parallel()
