@@ -141,6 +141,9 @@ type ValidationError struct {
 
 // Error names the first errors of each node; all of them are in Nodes.
 func (e *ValidationError) Error() string {
+	if e == nil {
+		return "<nil>"
+	}
 	const most = 5
 	var b strings.Builder
 	b.WriteString(cmp.Or(e.Message, e.Type, "the workflow was refused"))
@@ -195,6 +198,9 @@ type ExecutionError struct {
 
 // Error names the node and the exception, without the traceback.
 func (e *ExecutionError) Error() string {
+	if e == nil {
+		return "<nil>"
+	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "node %s", e.NodeID)
 	if e.NodeType != "" {
@@ -284,14 +290,11 @@ const maxErrorDepth = 64
 
 // toldCategory is that of the package's own errors.
 func toldCategory(err error, depth int) Category {
-	if err == nil || depth > maxErrorDepth {
+	if isNil(err) || depth > maxErrorDepth {
 		return ""
 	}
 	switch e := err.(type) { //nolint:errorlint // this is the walk over the chain
 	case *Error:
-		if e == nil {
-			return ""
-		}
 		if e.Category != "" {
 			return e.Category
 		}

@@ -84,6 +84,9 @@ func TestCategoryOf(t *testing.T) {
 		{"http to https", tls.RecordHeaderError{Msg: "first record does not look like a TLS handshake"}, CategoryProtocol},
 		{"file", fs.ErrNotExist, CategoryUnknown},
 		{"anything", errors.New("x"), CategoryUnknown},
+		{"nil error", (*Error)(nil), CategoryUnknown},
+		{"nil validation", (*ValidationError)(nil), CategoryUnknown},
+		{"nil execution", (*ExecutionError)(nil), CategoryUnknown},
 	} {
 		assert.Equal(t, test.want, CategoryOf(test.err), test.name)
 	}
@@ -129,6 +132,8 @@ func TestErrorText(t *testing.T) {
 	} {
 		assert.Equal(t, test.want, test.err.Error())
 	}
+	assert.Equal(t, "<nil>", (*ValidationError)(nil).Error())
+	assert.Equal(t, "<nil>", (*ExecutionError)(nil).Error())
 }
 
 func TestRedactURLs(t *testing.T) {

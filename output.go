@@ -96,9 +96,9 @@ func (o Output) Save(ctx context.Context, dir string) (string, error) {
 	if err := o.check(saveOp); err != nil {
 		return "", err
 	}
-	root, err := openDir(dir)
+	root, err := o.pod.openDir(dir)
 	if err != nil {
-		return "", o.pod.localError(err)
+		return "", err
 	}
 	defer func() { _ = root.Close() }() // nothing is written through it any more
 	name, err := o.pod.save(ctx, root, *o.File)
@@ -136,9 +136,9 @@ func (r *Result) SaveAll(ctx context.Context, dir string) ([]string, error) {
 	if len(files) == 0 {
 		return nil, nil
 	}
-	root, err := openDir(dir)
+	root, err := files[0].pod.openDir(dir)
 	if err != nil {
-		return nil, r.saveError([]error{files[0].pod.localError(err)})
+		return nil, r.saveError([]error{err})
 	}
 	defer func() { _ = root.Close() }() // nothing is written through it any more
 	saveFiles(ctx, root, files)
@@ -467,6 +467,8 @@ func (c *PodClient) view(ctx context.Context, op string, f FileRef, header http.
 			hint = ", and temp files are gone when a pod restarts"
 		}
 		failed.Err = fmt.Errorf("the pod has no file %s%s: %w", f, hint, failed.Err)
+	case failed.StatusCode == http.StatusBadRequest && failed.Category == CategoryValidation:
+		failed.Err = fmt.Errorf("the pod takes no file name or type such as those of %s: %w", f, failed.Err)
 	case failed.StatusCode == http.StatusForbidden && f.isOutside(): // it is not about credentials
 		failed.Category = CategoryValidation
 		failed.Err = fmt.Errorf("the pod serves no file outside its folders, as %s is: %w", f, failed.Err)
@@ -583,11 +585,18 @@ func contentRange(resp *http.Response) (start, total int64, ok bool) {
 
 // ---------------------------------------------------------------- saving
 
-func openDir(dir string) (*os.Root, error) {
-	if err := os.MkdirAll(dir, 0o777); err != nil { //nolint:gosec // the umask is the user's to choose, here as for os.Create
-		return nil, err
+func (c *PodClient) openDir(dir string) (*os.Root, error) {
+	if dir == "" {
+		return nil, &Error{Op: saveOp, Pod: c.Name(), Category: CategoryValidation, Err: errors.New(`the name of the directory is empty; "." is the current one`)}
 	}
-	return os.OpenRoot(dir)
+	if err := os.MkdirAll(dir, 0o777); err != nil { //nolint:gosec // the umask is the user's to choose, here as for os.Create
+		return nil, c.localError(err)
+	}
+	root, err := os.OpenRoot(dir)
+	if err != nil {
+		return nil, c.localError(err)
+	}
+	return root, nil
 }
 
 // save downloads a file into root and returns its slash-separated name there.

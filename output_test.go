@@ -179,6 +179,13 @@ func TestOpenRefuses(t *testing.T) {
 		_, err := o.Save(t.Context(), dir)
 		assert.Equal(t, CategoryValidation, CategoryOf(err))
 	}
+	nowhere := Output{File: file, pod: c}
+	_, err := nowhere.Save(t.Context(), "")
+	require.ErrorContains(t, err, `"." is the current one`)
+	assert.Equal(t, CategoryValidation, CategoryOf(err))
+	_, err = (&Result{Outputs: []Output{nowhere}}).SaveAll(t.Context(), "")
+	require.ErrorContains(t, err, `"." is the current one`)
+	assert.Equal(t, CategoryValidation, CategoryOf(err))
 	assert.NoDirExists(t, dir)
 
 	for _, c := range []*PodClient{nil, {}} {
@@ -187,8 +194,19 @@ func TestOpenRefuses(t *testing.T) {
 		_, err = c.Open(t.Context(), FileRef{})
 		require.ErrorIs(t, err, ErrClosed)
 	}
-	_, err := (*Result)(nil).SaveAll(t.Context(), dir)
+	_, err = (*Result)(nil).SaveAll(t.Context(), dir)
 	assert.Equal(t, CategoryValidation, CategoryOf(err))
+}
+
+// The pod's own answer to such a name has no text.
+func TestOpenOfWhatIsNoName(t *testing.T) {
+	t.Parallel()
+	c := clientOf(t, comfyuitest.Start(t).URL())
+	for _, f := range []FileRef{{Filename: ".."}, {Filename: "a/"}, {Filename: "x.png", Type: "drawer"}} {
+		_, err := c.Open(t.Context(), f)
+		require.ErrorContains(t, err, "the pod takes no file name or type such as those of "+f.String())
+		assert.Equal(t, CategoryValidation, CategoryOf(err))
+	}
 }
 
 // S41: a download that is cut, however often and wherever, is resumed, and the bytes are those of the file.

@@ -361,7 +361,10 @@ func (c *PodClient) Do(ctx context.Context, method, path string, query url.Value
 	op := method + " " + pathOf(path)
 	q := call{op: op, method: method}
 	target, err := url.Parse(path)
-	if err != nil || target.IsAbs() || target.Host != "" || !strings.HasPrefix(path, "/") {
+	if err != nil {
+		return nil, c.refuse(op, fmt.Sprintf("the path cannot be read: %v", withoutURL(err)))
+	}
+	if target.IsAbs() || target.Host != "" || !strings.HasPrefix(path, "/") {
 		return nil, c.refuse(op, `the path must begin with a slash, as "/queue" does`)
 	}
 	q.path, q.query = target.EscapedPath(), target.Query()
@@ -785,6 +788,12 @@ func (e *endpoint) redirected(q call, from *http.Request, resp *http.Response, h
 	}
 	next = from.Clone(from.Context())
 	next.URL = to
+	if from.Body != nil && from.Body != http.NoBody {
+		if from.GetBody == nil {
+			return nil, false // it is spent
+		}
+		next.Body, _ = from.GetBody() // an outgoingReader's does not fail
+	}
 	if home {
 		return next, false
 	}

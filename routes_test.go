@@ -802,6 +802,24 @@ func TestRedirectsWithinThePod(t *testing.T) {
 	assert.Empty(t, redirectAdvice(a, "/login"))
 }
 
+// A GET may have a body, which goes along when it is redirected.
+func TestRedirectKeepsTheBody(t *testing.T) {
+	t.Parallel()
+	c := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/old" {
+			http.Redirect(w, r, "/new", http.StatusTemporaryRedirect)
+			return
+		}
+		_, _ = io.Copy(w, r.Body)
+	}, noRetry())
+	resp, err := c.Do(t.Context(), "GET", "/old", nil, map[string]int{"a": 1})
+	require.NoError(t, err)
+	defer func() { _ = resp.Body.Close() }()
+	text, err := io.ReadAll(resp.Body)
+	require.NoError(t, err)
+	assert.Equal(t, `{"a":1}`, string(text))
+}
+
 func mustURL(t *testing.T, s string) *url.URL {
 	t.Helper()
 	u, err := url.Parse(s)
@@ -1294,6 +1312,7 @@ func TestDo(t *testing.T) {
 		_, err = c.Do(t.Context(), "GET", path, nil, nil) //nolint:bodyclose // there is none
 		assert.Equal(t, CategoryValidation, CategoryOf(err), path)
 	}
+	require.ErrorContains(t, err, `invalid URL escape "%zz"`)
 	_, err = c.Do(t.Context(), "POST", "/x", nil, func() {}) //nolint:bodyclose // there is none
 	assert.Equal(t, CategoryValidation, CategoryOf(err))
 	_, err = c.Do(t.Context(), "BAD METHOD", "/x", nil, nil) //nolint:bodyclose // there is none

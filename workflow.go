@@ -370,10 +370,11 @@ func (w *Workflow) UnmarshalJSON(data []byte) error {
 	if w == nil {
 		return errors.New("comfyui: unmarshal workflow: the *Workflow is nil")
 	}
-	switch string(bytes.TrimSpace(data)) {
-	case "null":
+	data = bytes.TrimSpace(data)
+	if string(data) == "null" {
 		return nil
-	case "{}":
+	}
+	if inside, ok := bytes.CutPrefix(data, []byte("{")); ok && string(bytes.TrimSpace(inside)) == "}" {
 		*w = Workflow{}
 		return nil
 	}

@@ -388,8 +388,11 @@ func TestUnmarshalWorkflow(t *testing.T) {
 	assert.Equal(t, 7, in.W.graphInfo().len(), "null leaves it alone")
 	require.ErrorContains(t, in.W.UnmarshalJSON([]byte(`[1]`)), "this is a list")
 	assert.Equal(t, 7, in.W.graphInfo().len(), "an error leaves it alone")
-	require.NoError(t, in.W.UnmarshalJSON([]byte("{}")))
-	assert.Equal(t, 0, in.W.graphInfo().len())
+	for _, empty := range []string{"{}", " {\n} "} {
+		w := parsed(t, sampleGraph)
+		require.NoError(t, w.UnmarshalJSON([]byte(empty)))
+		assert.Equal(t, 0, w.graphInfo().len())
+	}
 }
 
 func TestCheck(t *testing.T) {
