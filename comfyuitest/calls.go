@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"maps"
 	"slices"
+	"strings"
 	"sync"
 )
 
@@ -83,6 +84,37 @@ func (in nodeInputValues) formatted() object {
 	return formatted
 }
 
+// withHidden adds what the server passes to classes in the old form under their hidden inputs: a failing SaveImage tells the whole
+// graph, and a node that calls paid services its key.
+func (r *run) withHidden(in nodeInputValues, id string, class *class) nodeInputValues {
+	if class.schema {
+		return in
+	}
+	in.names, in.values = slices.Clone(in.names), slices.Clone(in.values)
+	extra, _ := r.item.extra.(object)
+	extra = slices.Concat(extra, r.item.sensitive)
+	for i := range class.inputs {
+		hidden := &class.inputs[i]
+		if hidden.group != groupHidden {
+			continue
+		}
+		var value any
+		switch hidden.typ {
+		case "PROMPT":
+			value, _ = parseJSON(r.item.prompt)
+		case "UNIQUE_ID":
+			value = id
+		case "EXTRA_PNGINFO", "AUTH_TOKEN_COMFY_ORG", "API_KEY_COMFY_ORG":
+			value, _ = extra.get(strings.ToLower(hidden.typ.(string)))
+		default:
+			continue
+		}
+		in.names = append(in.names, hidden.name)
+		in.values = append(in.values, []any{value})
+	}
+	return in
+}
+
 func formatValue(v any) any {
 	switch v := v.(type) {
 	case nil, bool, string, json.Number, int, int64, float64:
@@ -146,7 +178,7 @@ func (r *run) callAll(id string, class *class, in nodeInputValues) (stepResult, 
 			return stepDead, nil
 		}
 		if outcome.interrupted || outcome.err != nil {
-			return r.failCall(id, in, outcome)
+			return r.failCall(id, r.withHidden(in, id, class), outcome)
 		}
 	}
 	if !async {

@@ -170,6 +170,36 @@ func TestInterruptRoute(t *testing.T) {
 	}
 }
 
+// The hidden inputs of a class stand among the current inputs of its failure: for a SaveImage the whole graph.
+func TestHiddenInputsOfAFailure(t *testing.T) {
+	t.Parallel()
+	hidden := map[string]any{"required": map[string]any{}, "hidden": map[string]any{
+		"unique_id": "UNIQUE_ID", "key": "API_KEY_COMFY_ORG", "info": "EXTRA_PNGINFO",
+	}}
+	paid := Fail("ValueError", "bad")
+	paid.Inputs = hidden
+	bubble(t, func(t *testing.T, p *Pod) {
+		for _, c := range []struct{ graph, rest, inputs string }{
+			{
+				graphOf("3", "SaveImage", object{{"images", "x"}, {"filename_prefix", "y"}}), ``,
+				`{"images": ["x"], "filename_prefix": ["y"], "prompt": ["{'3': {'class_type': 'SaveImage', 'inputs': {'images': 'x', 'filename_prefix': 'y'}}}"], "extra_pnginfo": [null]}`,
+			},
+			{
+				graphOf("5", "Paid", nil), `, "extra_data": {"api_key_comfy_org": "secret", "extra_pnginfo": {"workflow": 1}}`,
+				`{"unique_id": ["5"], "key": ["secret"], "info": ["{'workflow': 1}"]}`,
+			},
+		} {
+			r := do(t, p, http.MethodPost, "/prompt", `{"prompt": `+c.graph+c.rest+`}`)
+			require.Equal(t, http.StatusOK, r.status, "%s", r.body)
+			require.NoError(t, p.WaitIdle(t.Context()))
+			prompts := p.Prompts()
+			event, data := terminal(t, p, prompts[len(prompts)-1].ID)
+			require.Equal(t, "execution_error", event)
+			require.JSONEq(t, c.inputs, string(pyJSON(at(t, data, "current_inputs"))))
+		}
+	}, WithVersion("0.27.0"), WithNode("Paid", paid))
+}
+
 func TestNodeErrors(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {

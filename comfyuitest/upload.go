@@ -80,10 +80,13 @@ func readForm(r *request, limit int64) (*form, error) {
 		if filename := names["filename"]; filename != "" {
 			if quoted := quotedFilename.FindStringSubmatch(disposition); quoted != nil {
 				// The mime package keeps a backslash that escapes nothing, aiohttp drops it.
-				filename = escaped.ReplaceAllString(quoted[1], "$1")
+				// It also takes slashes off the front.
+				filename = escaped.ReplaceAllString(strings.TrimLeft(quoted[1], `\/`), "$1")
 			}
-			f.files[names["name"]] = uploaded{filename, data}
-		} else {
+			if _, again := f.files[names["name"]]; !again { // of several the server takes the first
+				f.files[names["name"]] = uploaded{filename, data}
+			}
+		} else if _, again := f.values[names["name"]]; !again {
 			f.values[names["name"]] = string(data)
 		}
 	}
@@ -127,6 +130,10 @@ func (p *process) upload(r *request, save func(f *form, data []byte, to fileRef)
 	}
 	if strings.Contains(sent.filename, "/") && len(p.files.list(kind, path.Dir(full))) == 0 {
 		return troubleAnswer() // the server makes the subfolder, but no folder that the name asks for
+	}
+	const longestName = 255 // bytes, on the usual file systems
+	if base := path.Base(sent.filename); base == "." || strings.HasSuffix(sent.filename, "/") || len(base) > longestName {
+		return troubleAnswer()
 	}
 	name, duplicate := sent.filename, false
 	if overwrite := f.values["overwrite"]; overwrite != "true" && overwrite != "1" {
