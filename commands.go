@@ -604,6 +604,9 @@ func (s *submission) upload() (json.RawMessage, error) {
 func (s *submission) uploadOne(in inputFile) (ref FileRef, err error) {
 	err = s.t.retrier.do(s.patience, retryOp{op: "upload", jobID: s.rec.JobID}, func(ctx context.Context, _ int) error {
 		file, err := in.open(ctx)
+		if err == nil && file == nil {
+			err = errors.New("there is neither a reader nor an error")
+		}
 		if err != nil {
 			return &Error{Category: CategoryValidation, Err: fmt.Errorf("opening %q: %w", in.name, err)}
 		}

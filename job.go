@@ -73,8 +73,10 @@ func AtFront() JobOption { return func(o *jobOptions) { o.front = true } }
 
 // WithInput uploads a file before each attempt, to the pod that runs it, and sets the node's input to the name that the pod
 // gave. node is an id, else a unique title, else a unique class; name is the file's name on the pod, which may rename it; open
-// is called once an attempt and must give the same content each time. A job that is recovered before its first upload by a
-// process that does not have the option fails with CategoryMissingAsset.
+// is called for each upload, again after one that failed, and must give the same content each time. An error of open ends the job
+// with CategoryValidation. The content is no part of the workflow: with the same job id and another file the job is joined all the
+// same. A job that is recovered before its first upload by a process that does not have the option fails with
+// CategoryMissingAsset.
 func WithInput(node, input, name string, open func(context.Context) (io.ReadCloser, error)) JobOption {
 	return func(o *jobOptions) { o.inputs = append(o.inputs, inputFile{node, input, name, open}) }
 }

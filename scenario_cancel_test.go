@@ -2,6 +2,7 @@ package comfyui_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -139,6 +140,26 @@ func TestS31S33EndDuringTheUpload(t *testing.T) {
 					assert.Equal(t, comfyui.CategoryTimeout, comfyui.CategoryOf(err), "%v", err)
 					assert.Equal(t, comfyui.StatusFailed, r.Status)
 				}
+				assert.Zero(t, b.pod.Requests("POST /prompt"))
+			})
+		})
+	}
+}
+
+// A file that cannot be opened ends the job; so does an open that returns nothing at all, which must not panic.
+func TestInputThatDoesNotOpen(t *testing.T) {
+	t.Parallel()
+	for name, open := range map[string]func(context.Context) (io.ReadCloser, error){
+		"on fire": func(context.Context) (io.ReadCloser, error) { return nil, errors.New("on fire") },
+		"neither": func(context.Context) (io.ReadCloser, error) { return nil, nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				_, err := b.client().Execute(b.ctx, parsed(t, `{"1":{"class_type":"Work","inputs":{"image":"x"}}}`), comfyui.WithInput("1", "image", "x.png", open))
+				assert.Equal(t, comfyui.CategoryValidation, comfyui.CategoryOf(err), "%v", err)
+				assert.ErrorContains(t, err, name)
+				assert.ErrorContains(t, err, `opening "x.png"`)
 				assert.Zero(t, b.pod.Requests("POST /prompt"))
 			})
 		})
