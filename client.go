@@ -50,9 +50,7 @@ func NewPodClient(baseURL string, opts ...Option) (*PodClient, error) {
 		return nil, err
 	}
 	c := &PodClient{opts: o, counters: &counters{}}
-	if c.endpoint, err = newEndpoint(o, c.counters); err != nil {
-		return nil, err
-	}
+	c.endpoint = newEndpoint(o, c.counters)
 	c.retrier = c.endpoint.retries
 	c.retrier.notify = c.notifyRetry
 	if f := o.hooks.Retry; f != nil {
@@ -623,7 +621,7 @@ func (c *PodClient) claimEnded(ctx context.Context, op string, t *tracker, a *ad
 func (c *PodClient) endedJob(rec *Record, onEvent []func(Event)) *Job {
 	j := newJob(c, rec)
 	j.accepted = true
-	last := endEvent(rec)
+	last := terminalEvent(rec)
 	var err error
 	if rec.Failure != nil {
 		err = rec.Failure
@@ -633,24 +631,6 @@ func (c *PodClient) endedJob(rec *Record, onEvent []func(Event)) *Job {
 		j.attach(newCallback(f))
 	}
 	return j
-}
-
-// endEvent is the end as a record tells it.
-func endEvent(rec *Record) Event {
-	ev := Event{
-		Kind: EventFailed, JobID: rec.JobID, PromptID: rec.PromptID, Attempt: rec.Attempt, Time: rec.FinishedAt, Source: SourceStore,
-		Progress: rec.Progress, Outputs: rec.Outputs,
-	}
-	switch rec.Progress.Status {
-	case StatusSucceeded:
-		ev.Kind = EventSucceeded
-	case StatusCancelled:
-		ev.Kind = EventCancelled
-	}
-	if rec.Failure != nil {
-		ev.Err = rec.Failure
-	}
-	return ev
 }
 
 // addUp applies options in their order.

@@ -215,24 +215,23 @@ func (e *ExecutionError) Error() string {
 
 // Sentinels, for errors.Is. They stand inside an *Error and survive its JSON.
 var (
-	ErrClosed         error = &sentinel{"closed", CategoryClosed, "the client is closed; the job goes on"}
-	ErrJobNotFound    error = &sentinel{"job_not_found", CategoryNotFound, "no such job"}
-	ErrJobConflict    error = &sentinel{"job_conflict", CategoryConflict, "the job id belongs to another workflow"}
-	ErrOtherPod       error = &sentinel{"other_pod", CategoryConflict, "the job is on a pod that this client does not drive"}
-	ErrJobHeld        error = &sentinel{"job_held", CategoryConflict, "another owner holds the job's lease"}
-	ErrFenced         error = &sentinel{"fenced", CategoryConflict, "a newer epoch or another owner has the job"}
-	ErrSchema         error = &sentinel{"schema", CategoryStorage, "the record has a newer schema than this version reads"}
-	ErrJobLost        error = &sentinel{"job_lost", CategoryLost, "the pod restarted and the job is gone with it"}
-	ErrPodGone        error = &sentinel{"pod_gone", CategoryUnavailable, "the pod has been unreachable for too long"}
-	ErrOutcomeUnknown error = &sentinel{"outcome_unknown", CategoryUnknown, "it may have run, and nothing tells how it ended"}
-	ErrInterrupted    error = &sentinel{"interrupted", CategoryInterrupted, "interrupted by someone else"}
-	ErrRemoved        error = &sentinel{"removed", CategoryInterrupted, "removed from the pod's queue by someone else"}
-	ErrCancelled      error = &sentinel{"cancelled", CategoryCancelled, "cancelled"}
+	ErrClosed         error = &sentinel{CategoryClosed, "the client is closed; the job goes on"}
+	ErrJobNotFound    error = &sentinel{CategoryNotFound, "no such job"}
+	ErrJobConflict    error = &sentinel{CategoryConflict, "the job id belongs to another workflow"}
+	ErrOtherPod       error = &sentinel{CategoryConflict, "the job is on a pod that this client does not drive"}
+	ErrJobHeld        error = &sentinel{CategoryConflict, "another owner holds the job's lease"}
+	ErrFenced         error = &sentinel{CategoryConflict, "a newer epoch or another owner has the job"}
+	ErrSchema         error = &sentinel{CategoryStorage, "the record has a newer schema than this version reads"}
+	ErrJobLost        error = &sentinel{CategoryLost, "the pod restarted and the job is gone with it"}
+	ErrPodGone        error = &sentinel{CategoryUnavailable, "the pod has been unreachable for too long"}
+	ErrOutcomeUnknown error = &sentinel{CategoryUnknown, "it may have run, and nothing tells how it ended"}
+	ErrInterrupted    error = &sentinel{CategoryInterrupted, "interrupted by someone else"}
+	ErrRemoved        error = &sentinel{CategoryInterrupted, "removed from the pod's queue by someone else"}
+	ErrCancelled      error = &sentinel{CategoryCancelled, "cancelled"}
 )
 
-// sentinel is an error that is known by its code, in JSON too.
+// sentinel is an error that is known by its identity; in JSON by its code, see coded.
 type sentinel struct {
-	code     string
 	category Category
 	text     string
 }
@@ -528,8 +527,6 @@ func causeToJSON(err error, depth int) *causeJSON {
 		return &causeJSON{Validation: &validationJSON{e.Type, redactURLs(e.Message), redactURLs(e.Details), nodesToJSON(e.Nodes)}}
 	case *ExecutionError:
 		return &causeJSON{Execution: &executionJSON{e.NodeID, e.NodeType, e.ExceptionType, redactURLs(e.Message), redactedLines(e.Traceback)}}
-	case *sentinel:
-		return &causeJSON{Is: []string{e.code}}
 	case *decodedError:
 		return &causeJSON{Text: redactURLs(e.text), Category: e.category, Is: e.codes, Causes: causesToJSON(e.causes, depth+1)}
 	}
@@ -574,10 +571,11 @@ func (j *causeJSON) toError(depth int) error {
 	case j.Error != nil:
 		return j.Error.toError(depth)
 	case j.Validation != nil:
-		return &ValidationError{j.Validation.Type, j.Validation.Message, j.Validation.Details, j.Validation.Nodes}
+		v := ValidationError(*j.Validation)
+		return &v
 	case j.Execution != nil:
-		x := j.Execution
-		return &ExecutionError{x.NodeID, x.NodeType, x.ExceptionType, x.Message, x.Traceback}
+		x := ExecutionError(*j.Execution)
+		return &x
 	}
 	if j.Text == "" && len(j.Causes) == 0 && len(j.Is) == 1 {
 		if err := errorOfCode(j.Is[0]); err != nil {
@@ -874,7 +872,7 @@ func validationOf(nodes map[string]wire.NodeErrors) *ValidationError {
 	for id, n := range nodes {
 		to := NodeErrors{Class: n.Class, DependentOutputs: n.DependentOutputs}
 		for _, e := range n.Errors {
-			to.Errors = append(to.Errors, NodeError{e.Type, e.Message, e.Details, e.Input, e.ExtraInfo})
+			to.Errors = append(to.Errors, NodeError(e))
 		}
 		v.Nodes[id] = to
 	}

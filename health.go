@@ -292,7 +292,7 @@ func idsOf(items []wire.QueueItem) []string {
 
 // faultInHistory searches the newest entries for a fault that poisons the process. The history lives as long as the process.
 func (e *endpoint) faultInHistory(ctx context.Context) (found, sought bool) {
-	entries, err := e.historyEntries(ctx, "/history", map[string][]string{"max_items": {fmt.Sprint(faultsSought)}}, false)
+	entries, err := e.newestHistory(ctx, faultsSought)
 	if err != nil {
 		return false, false
 	}

@@ -1014,7 +1014,7 @@ func BenchmarkDownload(b *testing.B) {
 	data := noise(64 << 20)
 	o, err := newOptions(serveBytes(b, data), nil)
 	require.NoError(b, err)
-	e, err := newEndpoint(o, &counters{})
+	e := newEndpoint(o, &counters{})
 	require.NoError(b, err)
 	b.Cleanup(e.close)
 	c := &PodClient{opts: o, endpoint: e}

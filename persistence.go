@@ -1819,13 +1819,6 @@ type redisWatch struct {
 	live    atomic.Bool   // notifications come
 }
 
-func (w *redisWatch) lookAgain() {
-	select {
-	case w.look <- struct{}{}:
-	default:
-	}
-}
-
 // redisFeed is the subscription behind the watches of a store. It lives as long as there are any.
 type redisFeed struct {
 	store   *RedisStore
@@ -1881,7 +1874,7 @@ func (f *redisFeed) add(w *redisWatch) {
 	f.watches[w.channel] = append(f.watches[w.channel], w)
 	w.live.Store(f.live[w.channel])
 	f.mu.Unlock()
-	f.change()
+	signal(f.changed)
 }
 
 func (f *redisFeed) remove(w *redisWatch) (last bool) {
@@ -1892,15 +1885,8 @@ func (f *redisFeed) remove(w *redisWatch) (last bool) {
 	}
 	last = len(f.watches) == 0
 	f.mu.Unlock()
-	f.change()
+	signal(f.changed)
 	return last
-}
-
-func (f *redisFeed) change() {
-	select {
-	case f.changed <- struct{}{}:
-	default:
-	}
 }
 
 // run keeps a subscription until ctx ends.
@@ -2010,16 +1996,13 @@ func (f *redisFeed) ping(ctx context.Context, sub *redis.PubSub) error {
 }
 
 // read hands on what comes until the subscription fails or is closed.
-func (f *redisFeed) read(ctx context.Context, sub *redis.PubSub, signs chan<- struct{}) {
+func (f *redisFeed) read(ctx context.Context, sub *redis.PubSub, signs chan struct{}) {
 	for {
 		message, err := sub.Receive(ctx)
 		if err != nil {
 			return
 		}
-		select {
-		case signs <- struct{}{}:
-		default:
-		}
+		signal(signs)
 		switch m := message.(type) {
 		case *redis.Subscription:
 			if m.Kind == "subscribe" {
@@ -2038,7 +2021,7 @@ func (f *redisFeed) confirmed(channel string) {
 	f.live[channel] = true
 	for _, w := range f.watches[channel] {
 		w.live.Store(true)
-		w.lookAgain()
+		signal(w.look)
 	}
 }
 
@@ -2050,7 +2033,7 @@ func (f *redisFeed) deaf() {
 	for _, watches := range f.watches {
 		for _, w := range watches {
 			w.live.Store(false)
-			w.lookAgain()
+			signal(w.look)
 		}
 	}
 }
@@ -2062,7 +2045,7 @@ func (f *redisFeed) notified(channel, payload string) {
 	defer f.mu.Unlock()
 	for _, w := range f.watches[channel] {
 		if err != nil {
-			w.lookAgain()
+			signal(w.look)
 		} else {
 			w.put(r)
 		}
@@ -2131,10 +2114,7 @@ func (q *versionQueue) put(v *Record) {
 		q.versions = append(q.versions, v)
 	}
 	q.mu.Unlock()
-	select {
-	case q.wake <- struct{}{}:
-	default:
-	}
+	signal(q.wake)
 }
 
 func (q *versionQueue) take() []*Record {

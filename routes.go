@@ -141,9 +141,7 @@ func outputsOf(pod *PodClient, nodes []wire.NodeOutput) []Output {
 		}
 		for _, v := range values {
 			o := Output{Node: n.Node, Key: v.Key, Text: v.Text, Raw: v.Raw, pod: pod}
-			if v.File != nil {
-				o.File = &FileRef{Filename: v.File.Filename, Subfolder: v.File.Subfolder, Type: v.File.Type}
-			}
+			o.File = (*FileRef)(v.File)
 			outputs = append(outputs, o)
 		}
 	}
@@ -495,10 +493,7 @@ const (
 )
 
 // newEndpoint does no I/O.
-func newEndpoint(o *options, c *counters) (*endpoint, error) {
-	if o.base == nil {
-		return nil, errors.New("comfyui: no base URL")
-	}
+func newEndpoint(o *options, c *counters) *endpoint {
 	e := &endpoint{opts: o, timing: o.timing.withDefaults(), counters: c}
 	e.life, e.end = context.WithCancelCause(context.Background())
 	e.retries = newRetrier(o, c, nil)
@@ -518,7 +513,7 @@ func newEndpoint(o *options, c *counters) (*endpoint, error) {
 	strange := client
 	strange.Jar = nil
 	e.client, e.strange = &client, &strange
-	return e, nil
+	return e
 }
 
 func (e *endpoint) transport(from *http.Transport) *http.Transport {
@@ -1702,6 +1697,11 @@ func (e *endpoint) oldestHistory(ctx context.Context) (*wire.HistoryEntry, error
 	return &entries[0], nil
 }
 
+// newestHistory reads the newest n entries, oldest first, one try.
+func (e *endpoint) newestHistory(ctx context.Context, n int) ([]wire.HistoryEntry, error) {
+	return e.historyEntries(ctx, "/history", url.Values{"max_items": {strconv.Itoa(n)}}, false)
+}
+
 func (e *endpoint) historyEntries(ctx context.Context, path string, query url.Values, withGraphs bool) ([]wire.HistoryEntry, error) {
 	const op = "history"
 	r, err := e.read(ctx, call{op: op, method: http.MethodGet, path: path, query: query}, largeReply)
@@ -1866,6 +1866,13 @@ func (e *endpoint) forgetVersion() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.known, e.maxUpload, e.noCancel, e.noJobsRoute = "", 0, time.Time{}, time.Time{}
+}
+
+// ignoresPromptIDs tells whether the pod names prompts itself, whatever the POST says: before 0.3.45. Where the pod tells no version
+// it is taken for a new one.
+func (e *endpoint) ignoresPromptIDs(ctx context.Context) bool {
+	version, err := e.version(ctx)
+	return err == nil && version != "" && !atLeast(version, 0, 3, 45)
 }
 
 // atLeast compares versions such as "0.3.57" and "v0.26.0-rc1"; what is no version is older than all.
@@ -2085,16 +2092,4 @@ func (e *endpoint) view(ctx context.Context, op string, query url.Values, header
 			return status == http.StatusNotModified || status == http.StatusRequestedRangeNotSatisfiable
 		},
 	})
-}
-
-// ignoresPromptIDs tells whether the pod names prompts itself, whatever the POST says: before 0.3.45. Where the pod tells no version
-// it is taken for a new one.
-func (e *endpoint) ignoresPromptIDs(ctx context.Context) bool {
-	version, err := e.version(ctx)
-	return err == nil && version != "" && !atLeast(version, 0, 3, 45)
-}
-
-// newestHistory reads the newest n entries, oldest first, one try.
-func (e *endpoint) newestHistory(ctx context.Context, n int) ([]wire.HistoryEntry, error) {
-	return e.historyEntries(ctx, "/history", url.Values{"max_items": {strconv.Itoa(n)}}, false)
 }

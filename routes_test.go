@@ -48,8 +48,7 @@ func clientOf(t *testing.T, baseURL string, opts ...Option) *PodClient {
 	t.Helper()
 	o, err := newOptions(baseURL, opts)
 	require.NoError(t, err)
-	e, err := newEndpoint(o, &counters{})
-	require.NoError(t, err)
+	e := newEndpoint(o, &counters{})
 	t.Cleanup(e.close)
 	return &PodClient{opts: o, endpoint: e}
 }

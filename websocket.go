@@ -1,7 +1,10 @@
 package comfyui
 
 import (
+	"bytes"
+	"cmp"
 	"context"
+	"encoding/binary"
 	"io"
 	"math/rand/v2"
 	"net/http"
@@ -96,6 +99,7 @@ func (s *stream) reconnect() { signal(s.redial) }
 // hurry ends the pause before the next connection: the pod answers again.
 func (s *stream) hurry() { signal(s.soon) }
 
+// signal leaves a token in c, which holds one.
 func signal(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
@@ -382,12 +386,12 @@ func (s *stream) binaryFrame(r io.Reader) error {
 	}
 	kind := uint32(0)
 	if len(head) >= 4 {
-		kind = uint32(head[0])<<24 | uint32(head[1])<<16 | uint32(head[2])<<8 | uint32(head[3])
+		kind = binary.BigEndian.Uint32(head)
 	}
 	limit := maxImageFrame
 	switch {
-	case (kind == 1 || kind == 4) && s.previews:
-	case kind == 3:
+	case (kind == wire.KindPreview || kind == wire.KindPreviewWithMetadata) && s.previews:
+	case kind == wire.KindText:
 		limit = maxTextProgress
 	default:
 		s.counters.framesSkipped.Add(1)
@@ -405,15 +409,13 @@ func (s *stream) binaryFrame(r io.Reader) error {
 	}
 	s.heard.Add(1)
 	f := frame{from: s}
-	if kind == 3 {
+	if kind == wire.KindText {
 		f.text = &b
 	} else {
-		image := append([]byte(nil), data[b.Payload:]...)
-		node := b.Node
-		if b.Display != "" {
-			node = b.Display
+		f.preview = &previewFrame{
+			promptID: b.PromptID,
+			Preview:  Preview{Node: cmp.Or(b.Display, b.Node), ContentType: b.ContentType, Data: bytes.Clone(data[b.Payload:])},
 		}
-		f.preview = &previewFrame{promptID: b.PromptID, Preview: Preview{Node: node, ContentType: b.ContentType, Data: image}}
 	}
 	s.sink.frameIn(&f)
 	return nil

@@ -35,18 +35,11 @@ type Texts struct {
 	Workflow []byte // UI format
 }
 
-// HeadSize is how many bytes of a file Known wants to see.
-const HeadSize = 12
-
-// Known reports whether a file that begins with head is of a format that Read can read. A latent has no such beginning: only
-// Read finds out.
-func Known(head []byte) bool { return formatOf(head) != nil }
-
 // Read returns the texts of a file of size bytes: ErrFormat for a format that it does not know, and nil with empty Texts for a
 // sound file that carries none. A damaged file yields what stands before the damage.
 func Read(r io.ReaderAt, size int64) (Texts, error) {
 	f := &file{r: r, size: size, inflatable: MaxText}
-	head, err := f.bytes(0, min(size, HeadSize))
+	head, err := f.bytes(0, min(size, headSize))
 	if err != nil {
 		return Texts{}, err
 	}
@@ -62,6 +55,9 @@ func Read(r io.ReaderAt, size int64) (Texts, error) {
 	}
 	return f.found, nil
 }
+
+// headSize is how many bytes of a file tell its format.
+const headSize = 12
 
 func formatOf(head []byte) func(*file) error {
 	has := func(offset int, magic string) bool {

@@ -56,8 +56,6 @@ func TestReadWhatTheServerWrites(t *testing.T) {
 			assert.NotEmpty(t, workflow.Nodes)
 			assert.NotEmpty(t, workflow.Links)
 
-			assert.Equal(t, name != "tensor.latent", Known(data[:HeadSize]))
-
 			// Cut anywhere, a file is an error or has whole texts: the prompt of these is never half of one.
 			for cut := 0; cut < len(data); cut += 7 {
 				texts, err := read(data[:cut])

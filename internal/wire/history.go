@@ -14,15 +14,12 @@ type HistoryEntry struct {
 	Targets     []string // the output nodes that were to run
 	Status      string   // status_str: "success" or "error", also when interrupted; "" when status is null
 	Completed   bool
-	Messages    []HistoryMessage
+	Messages    []Message         // as the stream carried them; one of an unexpected form is Other
 	RawMessages []json.RawMessage // the same, as [name, data]; only withGraphs
 	Outputs     []NodeOutput      // in the order of the JSON
 	Graph       json.RawMessage   // only withGraphs
 	ExtraData   json.RawMessage   // only withGraphs
 }
-
-// HistoryMessage is the Message that the stream carried; one of an unexpected form is Other.
-type HistoryMessage = Message
 
 // NodeOutput is what a node has put under ui; Outputs splits it. Output never is null.
 type NodeOutput struct {
@@ -121,14 +118,14 @@ func (d *Decoder) historyStatus(e *HistoryEntry, withRaw bool) {
 }
 
 // messages reads the list; as a rule it holds three: start, cached, and the end.
-func (d *Decoder) messages(withRaw bool) (messages []HistoryMessage, raw []json.RawMessage) {
+func (d *Decoder) messages(withRaw bool) (messages []Message, raw []json.RawMessage) {
 	s := &d.s
 	if !s.list() {
 		return nil, nil
 	}
 	for s.elem() && s.take() {
 		if messages == nil {
-			messages = make([]HistoryMessage, 0, 3)
+			messages = make([]Message, 0, 3)
 		}
 		start := s.i
 		messages = append(messages, d.message())
