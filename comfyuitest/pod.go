@@ -61,7 +61,7 @@ type config struct {
 const (
 	defaultMaxUpload   = 100 << 20
 	defaultHistorySize = 10000
-	pipeAddress        = "127.0.0.1:8188"
+	pipeAddress        = "127.0.0.1:1" // where nothing listens: a client that misses the pipes reaches no real server
 )
 
 // NewPod starts a pod, like httptest.NewServer: on a free port of the loopback, and it panics when it cannot listen. It runs
@@ -98,13 +98,27 @@ func NewPod(opts ...Option) *Pod {
 	return p
 }
 
-// Start is [NewPod] with a Close at the test's end.
+// Start is [NewPod] with a Close at the test's end. In a bubble of testing/synctest the test fails without [WithPipes].
 func Start(tb testing.TB, opts ...Option) *Pod {
 	tb.Helper()
 	p := NewPod(opts...)
 	p.complain = tb.Logf
 	tb.Cleanup(p.Close)
+	if !p.config.pipes && hasBubble(tb) {
+		tb.Fatal("comfyuitest: in a bubble of testing/synctest a pod needs WithPipes: beside real sockets the bubble's clock stands still")
+	}
 	return p
+}
+
+// hasBubble tells whether tb belongs to a bubble, where the Deadline of a T panics.
+func hasBubble(tb testing.TB) (bubble bool) {
+	t, isT := tb.(interface{ Deadline() (time.Time, bool) })
+	if !isT {
+		return false
+	}
+	defer func() { bubble = recover() != nil }()
+	t.Deadline()
+	return false
 }
 
 // proxy calls the handler of [WithHandler].
@@ -147,8 +161,8 @@ func withClass(added *class) Option {
 }
 
 // WithPipes connects clients in memory instead of over TCP, for testing/synctest: make the pod and all its clients inside one
-// bubble and use [Pod.Client] and [Pod.DialContext]. Like sockets, and unlike [net.Pipe], these connections hold some
-// 256 KiB each way before a writer waits.
+// bubble and use [Pod.Client] and [Pod.DialContext]; nothing listens at [Pod.URL]. Like sockets, and unlike [net.Pipe], these
+// connections hold some 256 KiB each way before a writer waits.
 func WithPipes() Option {
 	return func(c *config) { c.pipes = true }
 }
@@ -453,8 +467,8 @@ func (p *Pod) Streams() int {
 	return 0
 }
 
-// WaitIdle waits until nothing is queued or runs, and what POST /free asked for is done. With a dead worker and a prompt in the queue that never comes about: only
-// ctx ends it then.
+// WaitIdle waits until nothing is queued or runs, and what POST /free asked for is done. With a dead worker and a prompt in the
+// queue that never comes about: only ctx ends it then.
 func (p *Pod) WaitIdle(ctx context.Context) error {
 	for {
 		changed := p.changed.next()

@@ -400,3 +400,27 @@ func TestManyClients(t *testing.T) {
 		require.Equal(t, 1, prompt.Ends)
 	}
 }
+
+// fatalT is a T whose Fatal can be seen.
+type fatalT struct{ *testing.T }
+
+func (fatalT) Fatal(args ...any) { panic(fmt.Sprint(args...)) }
+
+// A pod on real sockets would hang in a bubble until the test binary gives up: the clock never moves on.
+func TestStartTellsThatABubbleNeedsPipes(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		require.PanicsWithValue(t, "comfyuitest: in a bubble of testing/synctest a pod needs WithPipes: beside real sockets the bubble's clock stands still",
+			func() { Start(fatalT{t}) })
+		require.NotPanics(t, func() { Start(fatalT{t}, WithPipes()) })
+	})
+	require.NotPanics(t, func() { Start(fatalT{t}) })
+}
+
+// A client that was not given the pipes must not reach a ComfyUI of the developer's own.
+func TestPipesStandAtNoRealServersAddress(t *testing.T) {
+	t.Parallel()
+	pod := Start(t, WithPipes())
+	_, err := http.Get(pod.URL()) //nolint:bodyclose,noctx // there is none
+	require.ErrorIs(t, err, syscall.ECONNREFUSED)
+}

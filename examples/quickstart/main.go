@@ -9,6 +9,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -104,8 +105,16 @@ func parseArgs(args []string, help io.Writer) (*options, error) {
 		return nil, fmt.Errorf("%w; -h lists the flags", err)
 	case flags.NArg() > 0:
 		return nil, fmt.Errorf("unexpected argument %q; -h lists the flags (a workflow is given with -workflow)", flags.Arg(0))
+	case o.wait <= 0:
+		return nil, fmt.Errorf("-wait %s is no time to wait; give one such as 30s", o.wait)
 	}
-	return o, nil
+	var empty error
+	flags.Visit(func(f *flag.Flag) { // -pod "$POD" where there is no POD must not run on another pod
+		if f.Name != "set" && f.Value.String() == "" {
+			empty = fmt.Errorf("-%s is empty; give a value, or leave it out for the default", f.Name)
+		}
+	})
+	return o, empty
 }
 
 // program is one run.
@@ -216,10 +225,14 @@ func (p *program) untilReady(ctx context.Context, client *comfyui.PodClient) err
 	case ctx.Err() != nil:
 		return fmt.Errorf("%w before anything was sent to the pod", errInterrupted)
 	case comfyui.CategoryOf(err) == comfyui.CategoryAuth:
-		return fmt.Errorf("the pod refuses the credentials: %w; put them into the URL, as http://user:password@host or https://host/?token=…", err)
+		return p.notAllowed(client, err)
 	case err != nil:
+		why := rootReason(err)
+		if errors.Is(why, context.DeadlineExceeded) {
+			why = errors.New("it does not answer")
+		}
 		return fmt.Errorf("the pod at %s is not ready after %s (%w); is ComfyUI running there, and is the URL right? -wait waits longer, without -pod no server is needed",
-			client.Name(), p.wait, rootReason(err))
+			client.Name(), p.wait, why)
 	}
 	health, err := client.Health(ctx)
 	if err != nil {
@@ -227,6 +240,20 @@ func (p *program) untilReady(ctx context.Context, client *comfyui.PodClient) err
 	}
 	p.screen.say("the pod is %s: ComfyUI %s, %d running, %d waiting", health.State, health.Version, health.Running, health.Pending)
 	return nil
+}
+
+// notAllowed: the pod wants credentials, or its certificate is not to be trusted.
+func (p *program) notAllowed(client *comfyui.PodClient, err error) error {
+	var untrusted *tls.CertificateVerificationError
+	if errors.As(err, &untrusted) {
+		return fmt.Errorf("the certificate of the pod at %s is not trusted (%w); add its authority to the system's, or name its file in SSL_CERT_FILE", client.Name(), untrusted.Err)
+	}
+	why := rootReason(err)
+	if inner := errors.Unwrap(why); inner != nil { // without the state
+		why = inner
+	}
+	return fmt.Errorf("the pod at %s wants other credentials (%w); put them into the URL, as http://user:password@host or https://host/?token=…",
+		client.Name(), why)
 }
 
 // prepare converts a workflow in the editor's format, and sets its inputs.
@@ -385,9 +412,11 @@ func failure(err error) error {
 	var raised *comfyui.ExecutionError
 	switch category := comfyui.CategoryOf(err); {
 	case errors.As(err, &refused) && category == comfyui.CategoryMissingAsset:
-		return fmt.Errorf("the pod lacks something that the workflow needs: %w; install it there, or use another workflow or -pod", refused)
-	case errors.As(err, &refused):
+		return fmt.Errorf("the pod lacks something that the workflow needs: %w; put it there, or use another workflow or -pod", refused)
+	case errors.As(err, &refused) && len(refused.Nodes) > 0:
 		return fmt.Errorf("the pod refuses the workflow: %w; correct it, for example with -set", refused)
+	case errors.As(err, &refused):
+		return fmt.Errorf("the pod refuses the workflow: %w; correct it in the editor", refused)
 	case errors.As(err, &raised) && category == comfyui.CategoryOutOfMemory:
 		return fmt.Errorf("the pod ran out of memory: %w; try a smaller image or batch", raised)
 	case errors.As(err, &raised) && category == comfyui.CategoryPodFault:

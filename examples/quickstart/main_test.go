@@ -6,7 +6,10 @@ import (
 	"encoding/json"
 	"errors"
 	"image/png"
+	"io"
+	"log"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -130,6 +133,11 @@ func TestTellsWhatIsWrong(t *testing.T) {
 	guarded := comfyuitest.Start(t, comfyuitest.WithHandler(func(http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "who are you?", http.StatusUnauthorized) })
 	}))
+	secure := httptest.NewTLSServer(http.NotFoundHandler())
+	t.Cleanup(secure.Close)
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	silent := comfyuitest.Start(t)
+	silent.Inject(comfyuitest.Fault{Effect: comfyuitest.Hang, Times: -1})
 	website := comfyuitest.Start(t, comfyuitest.WithHandler(func(http.Handler) http.Handler { return http.NotFoundHandler() }))
 
 	for _, test := range []struct {
@@ -142,12 +150,17 @@ func TestTellsWhatIsWrong(t *testing.T) {
 		{"no JSON", []string{"-workflow", file("no-json", "seed: 1")}, []string{"it is no valid JSON", "-workflow takes JSON in API format"}},
 		{"no workflow", []string{"-workflow", file("other.json", `{"a": 1}`)}, []string{"it is not a workflow", "-workflow takes JSON in API format"}},
 		{"the editor's format", []string{"-workflow", file("ui.json", `{"nodes": [], "links": []}`), "-pod", pod.URL()}, []string{"UI format", `"Export (API)"`}},
-		{"an unknown class", []string{"-workflow", file("class.json", `{"1": {"class_type": "NoSuchNode", "inputs": {}}}`), "-pod", pod.URL()}, []string{"NoSuchNode", "install it"}},
+		{"an unknown class", []string{"-workflow", file("class.json", `{"1": {"class_type": "NoSuchNode", "inputs": {}}}`), "-pod", pod.URL()}, []string{"NoSuchNode", "put it there"}},
 		{"an invalid input", []string{"-pod", pod.URL(), "-set", "1.width=-5"}, []string{"Value -5 smaller than min of 1", "-set"}},
-		{"nothing to save", []string{"-workflow", file("none.json", `{"1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}}}`), "-pod", pod.URL()}, []string{"Prompt has no outputs"}},
+		{"nothing to save", []string{"-workflow", file("none.json", `{"1": {"class_type": "EmptyImage", "inputs": {"width": 8, "height": 8, "batch_size": 1, "color": 0}}}`), "-pod", pod.URL()}, []string{"Prompt has no outputs", "in the editor"}},
 		{"a pod that is not there", []string{"-pod", "http://127.0.0.1:1", "-wait", "50ms"}, []string{"not ready after 50ms", "connection refused", "-wait"}},
 		{"another server", []string{"-pod", website.URL(), "-wait", "50ms"}, []string{"not ready", "something else answers"}},
-		{"a pod that asks who it is", []string{"-pod", guarded.URL()}, []string{"refuses the credentials", "http://user:password@host"}},
+		{"a pod that asks who it is", []string{"-pod", guarded.URL()}, []string{"wants other credentials (who are you?)", "http://user:password@host"}},
+		{"a certificate of its own", []string{"-pod", secure.URL}, []string{"is not trusted", "SSL_CERT_FILE"}},
+		{"a silent pod", []string{"-pod", silent.URL(), "-wait", "50ms"}, []string{"not ready after 50ms (it does not answer)", "-wait"}},
+		{"no URL at all", []string{"-pod", ""}, []string{"-pod is empty", "leave it out"}},
+		{"no name of a file", []string{"-workflow", ""}, []string{"-workflow is empty", "leave it out"}},
+		{"no time", []string{"-wait", "0"}, []string{"-wait 0s", "30s"}},
 		{"no URL", []string{"-pod", "ftp://pod"}, []string{`the scheme "ftp"; use http or https`}},
 		{"an unknown node", []string{"-set", "KSampler.seed=1"}, []string{"-set KSampler.seed=1", `no node has the id, title or class "KSampler"`, `"4" (SaveImage, "Save")`}},
 		{"an unknown input", []string{"-set", "Save.filename=x"}, []string{`no input "filename"`, "it has images, filename_prefix"}},
@@ -178,7 +191,6 @@ func TestTellsWhyAJobFailed(t *testing.T) {
 	}{
 		{"an exception", comfyuitest.Fail("RuntimeError", "mat1 and mat2 shapes cannot be multiplied\n(77x2048 and 768x320)"), []string{"node 1 (Broken) raised RuntimeError: mat1 and mat2", "the pod's log"}},
 		{"a CUDA fault", comfyuitest.Fail("torch.AcceleratorError", "CUDA error: an illegal memory access was encountered"), []string{"node 1 (Broken) raised torch.AcceleratorError", "restart"}},
-		{"a GPU fault", comfyuitest.Fail("torch.AcceleratorError", "CUDA error: an illegal memory access was encountered"), []string{"illegal memory access"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
@@ -311,6 +323,31 @@ func TestInterruptedBeforeAnythingWasSent(t *testing.T) {
 	assert.Equal(t, exitInterrupted, got.status)
 	assert.Contains(t, got.complaint(t), "before anything was sent")
 	assert.Empty(t, pod.Prompts())
+}
+
+// The interrupt comes while the images are downloaded: the job is done, and the program says how far it has come.
+func TestInterruptedWhileItSaves(t *testing.T) {
+	t.Parallel()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	defer cancel(nil)
+	pod := comfyuitest.Start(t, comfyuitest.WithHandler(func(pod http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if strings.HasSuffix(r.URL.Path, "/view") {
+				cancel(errInterrupted)
+				<-r.Context().Done()
+				return
+			}
+			pod.ServeHTTP(w, r)
+		})
+	}))
+	dir := t.TempDir()
+	got := runProgram(ctx, "-pod", pod.URL(), "-out", dir)
+	assert.Equal(t, exitInterrupted, got.status)
+	assert.Empty(t, got.stdout)
+	assert.Contains(t, got.complaint(t), "the job is done, 0 of its files were saved")
+	left, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	assert.Empty(t, left)
 }
 
 // TestInterruptedByTheTerminal sends the signal that Ctrl-C sends to the program itself.
