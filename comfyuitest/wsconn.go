@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"unicode/utf8"
 )
 
 // The server's end of a WebSocket, as aiohttp has it. It is written out here because the known libraries cannot take
@@ -32,6 +33,7 @@ const (
 
 	closeNormal   = 1000
 	closeProtocol = 1002
+	closeNoText   = 1007
 	closeTooBig   = 1009
 
 	// maxClientMessage is aiohttp's default max_msg_size.
@@ -156,6 +158,9 @@ func (c *wsConn) read() (op byte, payload []byte, err error) {
 			if message.payload, err = c.inflate.expand(message.payload); err != nil {
 				return 0, nil, err
 			}
+		}
+		if message.op == opText && !utf8.Valid(message.payload) {
+			return 0, nil, &wsError{closeNoText, "text that is no UTF-8"}
 		}
 		return message.op, message.payload, nil
 	}

@@ -162,6 +162,7 @@ func TestProtocolErrors(t *testing.T) {
 		{"fragmented ping", masked(opPing, nil), closeProtocol},
 		{"continuation of nothing", masked(0x80|opContinuation, nil), closeProtocol},
 		{"message inside a message", append(masked(opText, nil), masked(0x80|opText, nil)...), closeProtocol},
+		{"text that is no UTF-8", masked(0x80|opText, []byte("\xff")), closeNoText},
 		{"too big", masked(0x80|opText, make([]byte, maxClientMessage+1))[:14], closeTooBig},
 		{"too big in parts", append(masked(opText, big), masked(0x80|opContinuation, big)...), closeTooBig},
 		{"close frame", masked(0x80|opClose, []byte{3, 232}), closeNormal},
