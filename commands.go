@@ -1042,7 +1042,9 @@ func (t *tracker) cancelRequested(jobID string, w *cancelWaiter) {
 		j.cancel.next = now
 		j.stopPosting()
 	}
-	j.follow.at = now
+	if j.follow != nil {
+		j.follow.at = now
+	}
 	t.advance(j, now)
 }
 

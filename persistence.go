@@ -522,6 +522,22 @@ type intentReader interface {
 	cancelsRequested(ctx context.Context, jobIDs []string) (requested []string, err error)
 }
 
+// announcer is a Store that tells of any number of jobs without a goroutine for each, as those who range over Watch need one.
+type announcer interface {
+	// announce tells the sink what happens to a job's record until stop is called. announce does not wait for anything; stop, with
+	// the last one, for the store's own goroutines, but no longer than ctx.
+	announce(jobID string, to versionSink) (stop func(ctx context.Context))
+}
+
+// versionSink is told what happens to one job's record, under the store's locks: it must not wait for anything.
+type versionSink interface {
+	// put takes a version that was written. It is shared and must not be changed. nil: something may have happened that only the
+	// record tells.
+	put(v *Record)
+	// hears tells whether all that is written from now on will be told. What was written before, the record tells.
+	hears(live bool)
+}
+
 // storeError makes the error of a store's method. r is the record as it stands, where it is known.
 func storeError(method, jobID string, r *Record, err error) error {
 	e := &Error{Op: "store " + method, JobID: jobID, Category: toldCategory(err, 0), Err: err}
@@ -567,7 +583,7 @@ type memoryJob struct {
 	endedIn int64     // the Epoch of the terminal write; of no meaning while unfinished
 	expires time.Time // zero: never
 	at      int       // index in MemoryStore.expiring, -1 when not there
-	watches []*versionQueue
+	watches []versionSink
 }
 
 // hold is what a store keeps of a record beside its content.
@@ -771,6 +787,9 @@ func (s *MemoryStore) Release(ctx context.Context, owner string, jobIDs []string
 	for _, id := range jobIDs {
 		if j := s.find(id, now); j != nil && j.owner == owner {
 			j.leaseUntil = time.Time{}
+			for _, w := range j.watches {
+				w.put(nil)
+			}
 		}
 	}
 	return nil
@@ -838,11 +857,7 @@ func (s *MemoryStore) Watch(ctx context.Context, jobID string) iter.Seq2[Event, 
 			yield(Event{}, storeError("watch", jobID, nil, ErrJobNotFound))
 			return
 		}
-		defer func() {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			j.watches = slices.DeleteFunc(j.watches, func(q *versionQueue) bool { return q == versions })
-		}()
+		defer s.unwatch(j, versions)
 		t := teller{yield: yield}
 		for {
 			for _, v := range versions.take() {
@@ -858,6 +873,25 @@ func (s *MemoryStore) Watch(ctx context.Context, jobID string) iter.Seq2[Event, 
 			}
 		}
 	}
+}
+
+// announce implements announcer.
+func (s *MemoryStore) announce(jobID string, to versionSink) (stop func(context.Context)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j := s.find(jobID, time.Now())
+	if j == nil {
+		return func(context.Context) {}
+	}
+	j.watches = append(j.watches, to)
+	to.hears(true)
+	return func(context.Context) { s.unwatch(j, to) }
+}
+
+func (s *MemoryStore) unwatch(j *memoryJob, w versionSink) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	j.watches = slices.DeleteFunc(j.watches, func(other versionSink) bool { return other == w })
 }
 
 // find returns nil for a record that is past its Retention. The lock is held.
@@ -963,7 +997,8 @@ func (h *expiryHeap) Pop() any {
 
 // RedisStore is a Store and a Watcher for many processes, on a single Redis, Sentinel or Cluster. Everything of one job is in
 // one hash slot, and every change is one script that gives the same result when go-redis repeats it because a reply was lost.
-// Times are the server's. A RedisStore starts goroutines only inside its calls, and one subscription while somebody watches.
+// Times are the server's. A RedisStore starts goroutines only inside its calls, and one subscription while somebody watches or
+// follows a job that another process drives.
 //
 // Redis must keep what it has acknowledged as well as the jobs need it kept: with asynchronous replication a failover loses the
 // last writes, which owners then write again.
@@ -972,7 +1007,7 @@ type RedisStore struct {
 	options redisOptions
 
 	watching sync.Mutex
-	feed     *redisFeed // nil while nobody watches
+	feed     *redisFeed // nil while nobody watches or follows
 }
 
 // RedisOption configures a RedisStore; see NewRedisStore.
@@ -1754,14 +1789,12 @@ func (s *RedisStore) Watch(ctx context.Context, jobID string) iter.Seq2[Event, e
 		if !t.tell(r) {
 			return
 		}
-		w := s.join(jobID)
-		defer s.leave(ctx, w)
+		w := &redisWatch{versionQueue: newVersionQueue(), look: make(chan struct{}, 1)}
+		stop := s.announce(jobID, w)
+		defer stop(ctx)
 		// What was written since the snapshot the record tells: now, or when the subscription is confirmed.
 		look := time.NewTimer(redisWatchPoll)
 		defer look.Stop()
-		if w.live.Load() {
-			look.Reset(0)
-		}
 		var failing time.Time
 		for {
 			select {
@@ -1810,48 +1843,61 @@ func (s *RedisStore) Watch(ctx context.Context, jobID string) iter.Seq2[Event, e
 // newer orders two versions of a record.
 func newer(a, b *Record) bool { return a.Epoch > b.Epoch || a.Epoch == b.Epoch && a.Rev > b.Rev }
 
-// redisWatch is one watch of a job.
+// redisWatch is what Watch is told.
 type redisWatch struct {
 	*versionQueue
-	feed    *redisFeed
-	channel string
-	look    chan struct{} // holds one token when the record must be looked at: notifications may have been missed
-	live    atomic.Bool   // notifications come
+	look chan struct{} // holds one token when the record must be looked at: notifications may have been missed
+	live atomic.Bool   // notifications come
 }
 
-// redisFeed is the subscription behind the watches of a store. It lives as long as there are any.
+func (w *redisWatch) put(v *Record) {
+	if v == nil {
+		signal(w.look)
+		return
+	}
+	w.versionQueue.put(v)
+}
+
+func (w *redisWatch) hears(live bool) {
+	w.live.Store(live)
+	signal(w.look)
+}
+
+// redisFeed is the subscription behind all who watch jobs of a store. It lives as long as there are any.
 type redisFeed struct {
 	store   *RedisStore
 	stop    context.CancelFunc
 	done    chan struct{} // closed when its goroutines have ended
-	changed chan struct{} // holds one token when watches has changed
+	changed chan struct{} // holds one token when there is something in touched
 
 	mu      sync.Mutex
-	watches map[string][]*redisWatch // by channel
+	watches map[string][]versionSink // by channel
+	touched map[string]struct{}      // channels whose watches came or went
 	live    map[string]bool          // channels whose notifications come
 }
 
-func (s *RedisStore) join(jobID string) *redisWatch {
-	w := &redisWatch{versionQueue: newVersionQueue(), channel: s.channel(jobID), look: make(chan struct{}, 1)}
+// announce implements announcer. stop waits no longer than a call may take, whatever ctx says.
+func (s *RedisStore) announce(jobID string, to versionSink) (stop func(ctx context.Context)) {
+	channel := s.channel(jobID)
 	s.watching.Lock()
 	defer s.watching.Unlock()
 	if s.feed == nil {
 		ctx, stop := context.WithCancel(context.Background())
 		s.feed = &redisFeed{
 			store: s, stop: stop, done: make(chan struct{}), changed: make(chan struct{}, 1),
-			watches: map[string][]*redisWatch{}, live: map[string]bool{},
+			watches: map[string][]versionSink{}, touched: map[string]struct{}{}, live: map[string]bool{},
 		}
 		go s.feed.run(ctx)
 	}
-	w.feed = s.feed
-	s.feed.add(w)
-	return w
+	feed := s.feed
+	feed.add(channel, to)
+	return func(ctx context.Context) { s.leave(ctx, feed, channel, to) }
 }
 
-// leave ends a watch, and with the last one the feed. It waits for the feed's goroutines, but no longer than a call may take.
-func (s *RedisStore) leave(ctx context.Context, w *redisWatch) {
+// leave ends a watch, and with the last one the feed.
+func (s *RedisStore) leave(ctx context.Context, feed *redisFeed, channel string, w versionSink) {
 	s.watching.Lock()
-	last := w.feed.remove(w)
+	last := feed.remove(channel, w)
 	if last {
 		s.feed = nil
 	}
@@ -1859,34 +1905,41 @@ func (s *RedisStore) leave(ctx context.Context, w *redisWatch) {
 	if !last {
 		return
 	}
-	w.feed.stop()
+	feed.stop()
 	bound := time.NewTimer(s.options.callTimeout)
 	defer bound.Stop()
 	select {
-	case <-w.feed.done:
+	case <-feed.done:
 	case <-ctx.Done():
 	case <-bound.C:
 	}
 }
 
-func (f *redisFeed) add(w *redisWatch) {
+func (f *redisFeed) add(channel string, w versionSink) {
 	f.mu.Lock()
-	f.watches[w.channel] = append(f.watches[w.channel], w)
-	w.live.Store(f.live[w.channel])
-	f.mu.Unlock()
-	signal(f.changed)
+	defer f.mu.Unlock()
+	f.watches[channel] = append(f.watches[channel], w)
+	if f.live[channel] {
+		w.hears(true)
+	}
+	f.touch(channel)
 }
 
-func (f *redisFeed) remove(w *redisWatch) (last bool) {
+func (f *redisFeed) remove(channel string, w versionSink) (last bool) {
 	f.mu.Lock()
-	left := slices.DeleteFunc(f.watches[w.channel], func(other *redisWatch) bool { return other == w })
-	if f.watches[w.channel] = left; len(left) == 0 {
-		delete(f.watches, w.channel)
+	defer f.mu.Unlock()
+	left := slices.DeleteFunc(f.watches[channel], func(other versionSink) bool { return other == w })
+	if f.watches[channel] = left; len(left) == 0 {
+		delete(f.watches, channel)
 	}
-	last = len(f.watches) == 0
-	f.mu.Unlock()
+	f.touch(channel)
+	return len(f.watches) == 0
+}
+
+// touch has the subscription adjusted to the watches of a channel. The lock is held.
+func (f *redisFeed) touch(channel string) {
+	f.touched[channel] = struct{}{}
 	signal(f.changed)
-	return last
 }
 
 // run keeps a subscription until ctx ends.
@@ -1918,6 +1971,7 @@ func (f *redisFeed) subscribe(ctx context.Context) (heard bool) {
 	defer func() { _ = sub.Close() }()
 
 	subscribed := map[string]bool{}
+	f.touchAll()
 	if err := f.adjust(ctx, sub, subscribed); err != nil {
 		return false
 	}
@@ -1951,21 +2005,29 @@ func (f *redisFeed) subscribe(ctx context.Context) (heard bool) {
 	}
 }
 
+// touchAll is for a subscription that begins.
+func (f *redisFeed) touchAll() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for channel := range f.watches {
+		f.touched[channel] = struct{}{}
+	}
+}
+
 // adjust subscribes to what is watched and to nothing else.
 func (f *redisFeed) adjust(ctx context.Context, sub *redis.PubSub, subscribed map[string]bool) error {
 	var add, drop []string
 	f.mu.Lock()
-	for channel := range f.watches {
-		if !subscribed[channel] {
+	for channel := range f.touched {
+		switch watched := f.watches[channel] != nil; {
+		case watched && !subscribed[channel]:
 			add = append(add, channel)
-		}
-	}
-	for channel := range subscribed {
-		if f.watches[channel] == nil {
+		case !watched && subscribed[channel]:
 			drop = append(drop, channel)
 			delete(f.live, channel)
 		}
 	}
+	clear(f.touched)
 	f.mu.Unlock()
 
 	ctx, cancel := context.WithTimeout(ctx, f.store.options.callTimeout)
@@ -2020,8 +2082,7 @@ func (f *redisFeed) confirmed(channel string) {
 	defer f.mu.Unlock()
 	f.live[channel] = true
 	for _, w := range f.watches[channel] {
-		w.live.Store(true)
-		signal(w.look)
+		w.hears(true)
 	}
 }
 
@@ -2029,30 +2090,29 @@ func (f *redisFeed) confirmed(channel string) {
 func (f *redisFeed) deaf() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	clear(f.live)
-	for _, watches := range f.watches {
-		for _, w := range watches {
-			w.live.Store(false)
-			signal(w.look)
+	for channel := range f.live {
+		for _, w := range f.watches[channel] {
+			w.hears(false)
 		}
 	}
+	clear(f.live)
 }
 
 // notified hands a version of a record to those who watch it, or has them look for themselves.
 func (f *redisFeed) notified(channel, payload string) {
 	r, err := versionOf(payload)
+	if err != nil {
+		r = nil
+	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, w := range f.watches[channel] {
-		if err != nil {
-			signal(w.look)
-		} else {
-			w.put(r)
-		}
+		w.put(r)
 	}
 }
 
-// versionOf reads a notification: epoch, rev, and the record's JSON, which is left out when it is long.
+// versionOf reads a notification: epoch, rev, and the record's JSON, which is left out when it is long. Of a lease that was given
+// back an empty one tells.
 func versionOf(payload string) (*Record, error) {
 	head, record, _ := strings.Cut(payload, "\n")
 	epoch, rev, _ := strings.Cut(head, " ")
@@ -2093,7 +2153,7 @@ func jobIDOf(r *Record) string {
 const maxVersions = 16
 
 // versionQueue holds the versions of one record that a watch has not told yet. Those that differ in progress alone are
-// merged into the newest. The records are shared and must not be changed.
+// merged into the newest.
 type versionQueue struct {
 	mu       sync.Mutex
 	versions []*Record     // oldest first
@@ -2102,19 +2162,31 @@ type versionQueue struct {
 
 func newVersionQueue() *versionQueue { return &versionQueue{wake: make(chan struct{}, 1)} }
 
+// put and hears implement versionSink.
 func (q *versionQueue) put(v *Record) {
-	q.mu.Lock()
-	n := len(q.versions)
-	switch {
-	case n > 0 && q.versions[n-1].Progress.Status.Terminal():
-		// The watch ends there, whatever became of the job later.
-	case n == maxVersions, n > 0 && sameState(q.versions[n-1], v):
-		q.versions[n-1] = v
-	default:
-		q.versions = append(q.versions, v)
+	if v == nil {
+		return
 	}
+	q.mu.Lock()
+	q.versions = withVersion(q.versions, v)
 	q.mu.Unlock()
 	signal(q.wake)
+}
+
+func (q *versionQueue) hears(bool) {}
+
+// withVersion adds the newest version to those that were not told yet, oldest first.
+func withVersion(versions []*Record, v *Record) []*Record {
+	n := len(versions)
+	switch {
+	case n > 0 && versions[n-1].Progress.Status.Terminal():
+		// The watch ends there, whatever became of the job later.
+	case n == maxVersions, n > 0 && sameState(versions[n-1], v):
+		versions[n-1] = v
+	default:
+		versions = append(versions, v)
+	}
+	return versions
 }
 
 func (q *versionQueue) take() []*Record {

@@ -3,6 +3,7 @@ package comfyui
 import (
 	"cmp"
 	"container/heap"
+	"container/list"
 	"context"
 	"encoding/json"
 	"errors"
@@ -32,6 +33,8 @@ const (
 	writers = 4
 	// storeTime bounds a call to a store that keeps no bound itself.
 	storeTime = 30 * time.Second
+	// maxWatches bounds the jobs that are watched at one time in a store that needs a goroutine for each.
+	maxWatches = 4
 	// streamLinger is how long the stream stays up after the last job, for the next one.
 	streamLinger = time.Minute
 	// maxStrays bounds the frames kept for prompts that are not known yet, while a POST has no answer.
@@ -53,6 +56,7 @@ type tracker struct {
 	store    Store
 	inMemory bool   // it is a MemoryStore
 	owner    string // random: the identity behind leases
+	ears     *ears  // nil: the store tells nothing by itself
 
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
@@ -146,6 +150,14 @@ func newTracker(c *PodClient) *tracker {
 		adopted: map[string]*adoption{}, current: map[*stream]string{},
 	}
 	_, t.inMemory = t.store.(*MemoryStore)
+	switch s := t.store.(type) {
+	case *MemoryStore:
+		t.ears = newEars(t, s)
+	case *RedisStore:
+		t.ears = newEars(t, s)
+	case Watcher: // also one that embeds a store of ours: its Watch may be another
+		t.ears = newEars(t, &watches{t: t, of: s})
+	}
 	t.prompts.ids = map[string]struct{}{}
 	t.posting, t.errand, t.writing = newCrew(t, posters, 0), newCrew(t, errands, 0), newCrew(t, writers, storeTime)
 	t.asking, t.watching, t.renewal = newCrew(t, askers, storeTime), newCrew(t, watchers, storeTime), newCrew(t, 1, storeTime)
@@ -374,7 +386,7 @@ type tracked struct {
 	cancel    cancelState
 	settle    settleState
 	absent    absentState
-	follow    followState
+	follow    *followState // nil for who drives the job
 
 	claimedAt   time.Time // when this client became its driver
 	acceptedAt  time.Time // on the local clock
@@ -430,11 +442,17 @@ type absentState struct {
 	busy  bool // evidence is being gathered
 }
 
+// followState is how a follower learns what another owner does.
 type followState struct {
-	busy  bool
+	ear   *ear // nil: the store tells nothing
+	live  bool // all that is written is told
+	busy  bool // the record is being read
+	again bool // there was a reason to read it since that began
+	heard bool // a version was told since that began
 	at    time.Time
 	lease time.Time // as last seen, on the store's clock
-	since time.Time // when that was first seen, on ours
+	since time.Time // on ours: not later than that was written, but for the first
+	read  time.Time // when the record was last read
 
 	missedSince time.Time // the store does not have the record since then; zero: it has
 }
@@ -581,6 +599,7 @@ func (t *tracker) join(a admission) *Job {
 
 // drive makes this client the job's driver.
 func (t *tracker) drive(j *tracked, a admission, now time.Time) {
+	t.followNoMore(j)
 	j.lease = &lease{t: t, jobID: j.rec.JobID, at: a.confirmed, told: a.confirmed}
 	t.gauges.owned.Add(1)
 	j.look, j.claimedAt = !a.fresh, a.confirmed
@@ -1047,6 +1066,7 @@ func (t *tracker) forget(j *tracked) {
 		return
 	}
 	delete(t.jobs, j.rec.JobID)
+	t.followNoMore(j)
 	if j.index >= 0 {
 		heap.Remove(&t.wakes, j.index)
 	}
@@ -1864,6 +1884,7 @@ func (t *tracker) fenced(j *tracked, stored *Record, now time.Time) {
 	}
 	t.released()
 	if stored != nil && !j.finished {
+		t.seenLease(j, stored, now)
 		t.followed(j, stored, now)
 	}
 	t.advance(j, now)
@@ -1992,12 +2013,20 @@ func (t *tracker) learnIntent(j *tracked) {
 
 // ------------------------------------------------------------- followers
 
-// followPeriod is how often the record of a job that another owner drives is read.
-const followPeriod = time.Second
+const (
+	// followPeriod is how often the record of a job that another owner drives is read while nothing is told of it.
+	followPeriod = time.Second
+	// toldPeriod is how often it is read although all is told: one word of it may have been lost.
+	toldPeriod = 5 * time.Second
+)
 
-// followAlong reads the record of a job that another owner drives, and takes the job over when that owner's lease runs out.
+// followAlong reads the record of a job that another owner drives, now and then and when there is news of it, and takes the job over
+// when that owner's lease runs out.
 func (t *tracker) followAlong(j *tracked, now time.Time) {
-	f := &j.follow
+	f := j.following()
+	if f.ear == nil && t.ears != nil {
+		f.ear = t.ears.listenTo(j)
+	}
 	if f.busy {
 		return
 	}
@@ -2005,45 +2034,110 @@ func (t *tracker) followAlong(j *tracked, now time.Time) {
 		j.at(f.at)
 		return
 	}
-	f.busy = true
+	f.busy, f.again, f.heard = true, false, false
 	id := j.rec.JobID
-	// An owner that still renews moves the end of its lease; compared with itself, whatever the clocks say.
-	// A lease of this client's own is that of a claim whose reply was lost.
-	free := f.lease.IsZero() || now.Sub(f.since) > t.timing.Lease+followPeriod || j.rec.Owner == t.owner
-	claim := !f.since.IsZero() && free && j.rec.Pod == t.opts.name
+	claim := t.mayClaim(j, now)
 	t.watching.do(func(ctx context.Context) func() {
 		asked := time.Now()
-		if claim {
-			if rec, err := t.store.Claim(ctx, id, t.owner, t.timing.Lease); err == nil {
-				return func() { t.tookOver(j, rec, asked) }
-			}
-		}
-		rec, err := t.store.Get(ctx, id)
+		rec, ours, err := t.claimOrGet(ctx, id, claim)
 		return func() {
-			now := time.Now()
-			f.busy, f.at = false, now.Add(followPeriod)
-			if j.lease != nil || j.finished {
-				return
-			}
 			switch {
-			case err == nil:
-				t.followed(j, rec, now)
-			case errors.Is(err, ErrJobNotFound):
-				t.missedRecord(j, now)
-			default:
-				t.counters.storeErrors.Add(1)
+			case ours:
+				t.tookOver(j, rec, asked)
+			case j.follow == f && !j.finished:
+				t.readRecord(j, rec, err, time.Now())
 			}
-			t.advance(j, now)
 		}
 	})
 }
 
+// claimOrGet returns a record that is ours, or else as it stands.
+func (t *tracker) claimOrGet(ctx context.Context, id string, claim bool) (rec *Record, ours bool, err error) {
+	if claim {
+		rec, err = t.store.Claim(ctx, id, t.owner, t.timing.Lease)
+		if err == nil || errors.Is(err, ErrJobHeld) && rec != nil {
+			return rec, err == nil, nil
+		}
+	}
+	rec, err = t.store.Get(ctx, id)
+	return rec, false, err
+}
+
+// following is what there is to know of a job that this client does not drive.
+func (j *tracked) following() *followState {
+	if j.follow == nil {
+		j.follow = &followState{}
+	}
+	return j.follow
+}
+
+// followNoMore is for a job that this client drives from now on, or lets go of.
+func (t *tracker) followNoMore(j *tracked) {
+	if j.follow != nil && j.follow.ear != nil {
+		j.follow.ear.close()
+	}
+	j.follow = nil
+}
+
+// mayClaim tells whether the owner may have lost its lease. The store knows.
+func (t *tracker) mayClaim(j *tracked, now time.Time) bool {
+	f := j.follow
+	switch {
+	case f.since.IsZero() || j.rec.Pod != t.opts.name:
+		return false
+	case f.lease.IsZero() || j.rec.Owner == t.owner: // a lease of this client's own is that of a claim whose reply was lost
+		return true
+	}
+	return !now.Before(t.lapse(f))
+}
+
+// lapse is when the lease of an owner that does not renew any more has run out: one that does moves its end, compared with
+// itself, whatever the clocks say.
+func (t *tracker) lapse(f *followState) time.Time { return f.since.Add(t.timing.Lease + followPeriod) }
+
+// readRecord takes in what the store has of a followed job.
+func (t *tracker) readRecord(j *tracked, rec *Record, err error, now time.Time) {
+	f := j.follow
+	f.busy, f.at = false, now.Add(followPeriod)
+	switch {
+	case err == nil:
+		free := f.lease.IsZero()
+		t.seenLease(j, rec, now)
+		if !f.heard || newer(rec, &j.rec) { // what was told meanwhile was written after it was read
+			t.followed(j, rec, now)
+		}
+		switch {
+		case f.again, !free && f.lease.IsZero(): // given back
+			f.at = now
+		case f.live && !t.mayClaim(j, now):
+			f.at = now.Add(max(followPeriod, min(toldPeriod, t.timing.Lease/6)))
+			if lapse := t.lapse(f); lapse.Before(f.at) && lapse.After(now) {
+				f.at = lapse
+			}
+		}
+	case errors.Is(err, ErrJobNotFound):
+		t.missedRecord(j, now)
+	default:
+		t.counters.storeErrors.Add(1)
+	}
+	t.advance(j, now)
+}
+
+// seenLease notes when the lease was last renewed: after the record was last read.
+func (t *tracker) seenLease(j *tracked, rec *Record, now time.Time) {
+	f := j.following()
+	f.missedSince = time.Time{}
+	switch {
+	case f.since.IsZero():
+		f.lease, f.since = rec.LeaseUntil, now
+	case !rec.LeaseUntil.Equal(f.lease):
+		f.lease, f.since = rec.LeaseUntil, f.read
+	}
+	f.read = now
+}
+
 // followed shows what another owner has written.
 func (t *tracker) followed(j *tracked, rec *Record, now time.Time) {
-	j.follow.missedSince = time.Time{}
-	if !rec.LeaseUntil.Equal(j.follow.lease) || j.follow.since.IsZero() {
-		j.follow.lease, j.follow.since = rec.LeaseUntil, now
-	}
 	was := j.rec
 	was.Progress = j.handle.shown()
 	fresh := *rec
@@ -2063,13 +2157,40 @@ func (t *tracker) followed(j *tracked, rec *Record, now time.Time) {
 	}
 }
 
+// told takes in what the store has told of a followed job. What its owner goes through is shown at once; an end, and all that is not
+// in line with what is known, only as the record has it.
+func (t *tracker) told(e *ear, news rumour, now time.Time) {
+	j := e.job
+	f := j.follow
+	if f == nil || f.ear != e {
+		return
+	}
+	f.live = news.live
+	for _, v := range news.versions {
+		switch {
+		case v.JobID != j.rec.JobID || v.Epoch != j.rec.Epoch || v.Progress.Status.Terminal():
+			news.look = true
+		case v.Rev > j.rec.Rev:
+			f.heard = true
+			fresh := cloneWithout(v)
+			fresh.Pod, fresh.Workflow = j.rec.Pod, j.rec.Workflow
+			fresh.Owner, fresh.LeaseUntil, fresh.CancelRequested = j.rec.Owner, j.rec.LeaseUntil, j.rec.CancelRequested
+			t.followed(j, fresh, now)
+		}
+	}
+	if news.look {
+		f.at, f.again = now, true
+	}
+	t.advance(j, now)
+}
+
 // tookOver makes this client the driver of a job that it followed.
 func (t *tracker) tookOver(j *tracked, rec *Record, asked time.Time) {
 	now := time.Now()
-	j.follow = followState{}
 	if j.lease != nil || j.finished {
 		return
 	}
+	t.followNoMore(j)
 	t.followed(j, rec, now)
 	if j.finished || rec.Progress.Status.Terminal() {
 		t.advance(j, now)
@@ -2085,7 +2206,7 @@ func (t *tracker) tookOver(j *tracked, rec *Record, asked time.Time) {
 
 // missedRecord takes in that the record of a followed job is not there: its owner creates it again at the next renewal, if it lives.
 func (t *tracker) missedRecord(j *tracked, now time.Time) {
-	f := &j.follow
+	f := j.follow
 	if f.missedSince.IsZero() {
 		f.missedSince = now
 	}
@@ -2103,6 +2224,200 @@ func (t *tracker) vanishedRecord(j *tracked) {
 		Category: CategoryOf(ErrJobNotFound), Err: ErrJobNotFound,
 	}, nil)
 	t.forget(j)
+}
+
+// ears hear what the store tells of the jobs that others drive, on one goroutine for all of them: the store tells under locks of
+// its own, under which the tracker's must not be taken.
+type ears struct {
+	t     *tracker
+	store announcer
+	wake  chan struct{} // holds one token while there is something in queue
+
+	mu      sync.Mutex
+	running bool
+	queue   []*ear // those that have something new
+}
+
+// ear is a versionSink for one followed job.
+type ear struct {
+	of    *ears
+	job   *tracked
+	jobID string
+
+	// Guarded by of.mu.
+	queued, closed bool
+	news           rumour
+}
+
+// rumour is what a store has told of a job.
+type rumour struct {
+	versions []*Record // oldest first
+	look     bool      // the record may tell more
+	live     bool      // all that is written is told
+}
+
+func newEars(t *tracker, store announcer) *ears {
+	return &ears{t: t, store: store, wake: make(chan struct{}, 1)}
+}
+
+// listenTo has the store tell of a job, until close.
+func (s *ears) listenTo(j *tracked) *ear {
+	e := &ear{of: s, job: j, jobID: j.rec.JobID}
+	e.note(func() {
+		if !s.running {
+			s.running = true
+			s.t.wg.Go(s.run)
+		}
+	})
+	return e
+}
+
+func (e *ear) close() { e.note(func() { e.closed = true }) }
+
+// put and hears implement versionSink.
+func (e *ear) put(v *Record) {
+	e.note(func() {
+		if v == nil {
+			e.news.look = true
+		} else {
+			e.news.versions = withVersion(e.news.versions, v)
+		}
+	})
+}
+
+func (e *ear) hears(live bool) { e.note(func() { e.news.live, e.news.look = live, true }) }
+
+// note changes what the ear holds, and has it looked at.
+func (e *ear) note(change func()) {
+	s := e.of
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	change()
+	if !e.queued {
+		e.queued = true
+		s.queue = append(s.queue, e)
+	}
+	signal(s.wake)
+}
+
+// take is what is new of an ear.
+func (e *ear) take() (news rumour, closed bool) {
+	e.of.mu.Lock()
+	defer e.of.mu.Unlock()
+	news = e.news
+	e.queued, e.news = false, rumour{live: news.live}
+	return news, e.closed
+}
+
+// run serves the ears until the tracker stops.
+func (s *ears) run() {
+	stops := map[*ear]func(context.Context){} // of those that are being told
+	stop := func(e *ear) {
+		ctx, cancel := s.t.lastCalls(s.t.ctx)
+		defer cancel()
+		stops[e](ctx)
+		delete(stops, e)
+	}
+	for {
+		select {
+		case <-s.wake:
+		case <-s.t.ctx.Done():
+			for e := range stops {
+				stop(e)
+			}
+			return
+		}
+		s.mu.Lock()
+		queue := s.queue
+		s.queue = nil
+		s.mu.Unlock()
+		for _, e := range queue {
+			news, closed := e.take()
+			switch told := stops[e] != nil; {
+			case closed && told:
+				stop(e)
+			case closed:
+			case !told:
+				stops[e] = s.store.announce(e.jobID, e)
+			default:
+				s.t.tell(func() { s.t.told(e, news, time.Now()) })
+			}
+		}
+	}
+}
+
+// watches make an announcer of any Watcher. It needs a goroutine for each job that it watches, so that of many jobs it watches a few;
+// the others wait for their turn.
+type watches struct {
+	t  *tracker
+	of Watcher
+
+	mu      sync.Mutex
+	busy    int
+	waiting list.List // of *watch
+}
+
+type watch struct {
+	ctx   context.Context
+	jobID string
+	to    versionSink
+}
+
+// announce implements announcer.
+func (s *watches) announce(jobID string, to versionSink) (stop func(context.Context)) {
+	ctx, cancel := context.WithCancel(s.t.ctx)
+	w := &watch{ctx, jobID, to}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.busy < maxWatches {
+		s.busy++
+		s.t.wg.Go(func() { s.run(w) })
+		return func(context.Context) { cancel() }
+	}
+	place := s.waiting.PushBack(w)
+	return func(context.Context) {
+		cancel()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.waiting.Remove(place)
+	}
+}
+
+// run watches jobs, one after another, until none waits.
+func (s *watches) run(w *watch) {
+	for w != nil {
+		s.watch(w)
+		w = s.next()
+	}
+}
+
+func (s *watches) next() *watch {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if first := s.waiting.Front(); first != nil {
+		return s.waiting.Remove(first).(*watch)
+	}
+	s.busy--
+	return nil
+}
+
+// watch watches a job for as long as it is followed. Whatever an event says, the record says it better.
+func (s *watches) watch(w *watch) {
+	const shortest, longest = followPeriod, time.Minute
+	for wait := shortest; w.ctx.Err() == nil; wait = min(2*wait, longest) {
+		for _, err := range s.of.Watch(w.ctx, w.jobID) {
+			if err != nil {
+				break
+			}
+			w.to.hears(true)
+			wait = shortest
+		}
+		w.to.hears(false)
+		select {
+		case <-time.After(wait):
+		case <-w.ctx.Done():
+		}
+	}
 }
 
 // -------------------------------------------------------------- schedule
