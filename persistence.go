@@ -506,7 +506,9 @@ type Store interface {
 	Unfinished(ctx context.Context, pod string) iter.Seq2[*Record, error]
 }
 
-// Watcher is what a Store may also be. Without it those who follow a job that another process drives poll Get.
+// Watcher is what a Store may also be. Without it those who follow a job that another process drives poll Get. A PodClient watches
+// four such jobs at a time, and polls the others: each takes a goroutine, and perhaps a connection. Of a *MemoryStore and a
+// *RedisStore, which can tell of any number at no such cost, it follows all.
 type Watcher interface {
 	// Watch yields the events of a job in whatever process it runs: a snapshot first, then what the records written since
 	// tell, up to the terminal event; there it ends. States are never skipped: what a record implies is told even when it

@@ -670,3 +670,34 @@ func TestS35FollowersTakeTurns(t *testing.T) {
 		assert.EqualValues(b.t, 4, most.Load())
 	})
 }
+
+// On a real Redis: a driver closes in the middle of its job, which is told, and the follower goes on with it.
+func TestS35FollowerOnRedis(t *testing.T) {
+	t.Parallel()
+	onRedis(t, func(t *testing.T, b *bench, s *redisServer, _ *comfyui.RedisStore) {
+		client := s.client(t, nil)
+		mine := newRedisStore(t, client, onePrefix)
+		driver, c := b.client(comfyui.WithStore(newRedisStore(t, s.client(t, nil), onePrefix)), brisk), b.client(comfyui.WithStore(mine), brisk)
+		_, err := driver.Submit(b.ctx, graphOf(t, "Long", 1), comfyui.WithJobID("the-job"))
+		require.NoError(t, err)
+		j, err := c.Submit(b.ctx, graphOf(t, "Long", 1), comfyui.WithJobID("the-job"))
+		require.NoError(t, err)
+		channels := func() []string { return client.PubSubChannels(b.ctx, "*").Val() }
+		require.NoError(t, waitFor(b.ctx, func() bool { return len(channels()) == 1 }))
+		listener := client.Subscribe(b.ctx, channels()[0])
+		defer func() { _ = listener.Close() }()
+		require.NoError(t, waitFor(b.ctx, func() bool { return j.Progress().Fraction > 0.1 }))
+		require.NoError(t, driver.Close())
+		for told := "something"; told != ""; { // until it is told that the lease was given back
+			m, err := listener.ReceiveMessage(b.ctx)
+			require.NoError(t, err)
+			told = m.Payload
+		}
+		r, err := j.Wait(b.ctx)
+		succeeded(t, r, err)
+		assert.EqualValues(t, 1, c.Stats().Recovered)
+		assert.Equal(t, 1, b.ranOnce().Posts)
+		require.NoError(t, listener.Close())
+		require.NoError(t, waitFor(b.ctx, func() bool { return len(channels()) == 0 }), "nobody listens any more")
+	})
+}
