@@ -9,14 +9,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/fnv"
-	"io"
 	"iter"
 	"maps"
 	"math"
 	"os"
 	"reflect"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -165,26 +162,36 @@ func (r *Record) MarshalJSON() ([]byte, error) {
 // UnmarshalJSON reads what MarshalJSON writes, and leaves alone what the store keeps beside it. The error is ErrSchema for a
 // record of a newer schema, whatever else it holds.
 func (r *Record) UnmarshalJSON(data []byte) error {
-	var fields recordFields
-	if !readRecord(data, &fields) {
+	read, err := recordOf(string(data))
+	if err != nil {
+		return err
+	}
+	read.Owner, read.Epoch, read.Rev = r.Owner, r.Epoch, r.Rev
+	read.LeaseUntil, read.CancelRequested = r.LeaseUntil, r.CancelRequested
+	*r = *read
+	return nil
+}
+
+// recordOf reads what MarshalJSON writes.
+func recordOf(text string) (*Record, error) {
+	fields := new(recordFields)
+	if !readRecord(text, fields) {
 		// Something that this version does not write, or does not know.
+		data := []byte(text)
 		if err := unmarshalSchema(data); err != nil {
-			return err
+			return nil, err
 		}
-		fields = recordFields{}
-		if err := json.Unmarshal(data, &fields); err != nil {
-			return fmt.Errorf("comfyui: a job record that cannot be read: %w", err)
+		*fields = recordFields{}
+		if err := json.Unmarshal(data, fields); err != nil {
+			return nil, fmt.Errorf("comfyui: a job record that cannot be read: %w", err)
 		}
 		fields.unknown = recordShape.unknownIn(data)
 	}
 	if err := checkSchema(fields.Schema, fields.JobID); err != nil {
-		return err
+		return nil, err
 	}
 	fields.Schema = recordSchema
-	fields.Owner, fields.Epoch, fields.Rev = r.Owner, r.Epoch, r.Rev
-	fields.LeaseUntil, fields.CancelRequested = r.LeaseUntil, r.CancelRequested
-	*r = Record(fields)
-	return nil
+	return (*Record)(fields), nil
 }
 
 // unmarshalSchema looks only at the schema: a newer one may hold the other fields in forms that this version cannot read.
@@ -222,15 +229,15 @@ func marshalUnescaped(v any) ([]byte, error) {
 
 // readRecord reads a record as MarshalJSON writes it, which is how nearly all come: a process that starts reads thousands. It is
 // not ok with anything else.
-func readRecord(data []byte, f *recordFields) (ok bool) {
-	r := plainjson.NewReader(data)
+func readRecord(text string, f *recordFields) (ok bool) {
+	r := plainjson.NewReader(text)
 	decode := func(v any) {
-		if json.Unmarshal(r.Raw(), v) != nil {
+		if json.Unmarshal([]byte(r.Raw()), v) != nil {
 			r.GiveUp()
 		}
 	}
 	moment := func(t *time.Time) {
-		if t.UnmarshalText(r.Text()) != nil {
+		if t.UnmarshalText([]byte(r.Text())) != nil {
 			r.GiveUp()
 		}
 	}
@@ -265,7 +272,7 @@ func readRecord(data []byte, f *recordFields) (ok bool) {
 		case "labels":
 			f.Labels = map[string]string{}
 			for label := range r.Object {
-				f.Labels[string(label)] = r.String()
+				f.Labels[strings.Clone(label)] = r.String()
 			}
 		case "progress":
 			readProgress(r, &f.Progress)
@@ -1093,10 +1100,13 @@ func RedisCallTimeout(d time.Duration) RedisOption {
 	return func(o *redisOptions) { o.callTimeout = d }
 }
 
+// shardOf hashes by FNV-1a, which hash/fnv does with two allocations.
 func (s *RedisStore) shardOf(jobID string) int {
-	h := fnv.New32a()
-	_, _ = io.WriteString(h, jobID)
-	return int(h.Sum32() % uint32(max(1, s.options.shards)))
+	h := uint32(2166136261)
+	for i := range len(jobID) {
+		h = (h ^ uint32(jobID[i])) * 16777619
+	}
+	return int(h % uint32(max(1, s.options.shards)))
 }
 
 func (s *RedisStore) key(shard int, name string) string {
@@ -1188,28 +1198,25 @@ func (s *RedisStore) RequestCancel(ctx context.Context, jobID string) (*Record, 
 	return s.settle("request cancel", &Record{JobID: jobID}, nil, a, err)
 }
 
-// Unfinished implements Store. It asks all shards at once for a page of their ids, and reads some shards while it decodes what
-// came from others.
+// Unfinished implements Store. It asks all shards at once for a page of their ids, and reads and decodes the jobs of some shards
+// while it hands out those of others.
 func (s *RedisStore) Unfinished(ctx context.Context, pod string) iter.Seq2[*Record, error] {
 	return func(yield func(*Record, error) bool) {
-		walk, stop := context.WithCancel(ctx)
-		read := make(chan redisRead)
-		var reader sync.WaitGroup
-		reader.Go(func() {
-			defer close(read)
-			s.readUnfinished(walk, read)
+		walk := &redisWalk{RedisStore: s, pod: pod, found: make(chan []foundRecord)}
+		walking, stop := context.WithCancel(ctx)
+		var walker sync.WaitGroup
+		walker.Go(func() {
+			defer close(walk.found)
+			walk.run(walking)
 		})
-		defer reader.Wait()
+		defer walker.Wait()
 		defer stop()
 
-		for r := range read {
-			for _, found := range r.decode(pod) {
+		for batch := range walk.found {
+			for _, found := range batch {
 				if !yield(found.record, found.err) {
 					return
 				}
-			}
-			if r.err != nil && !yield(nil, storeError("unfinished", "", nil, r.err)) {
-				return
 			}
 		}
 		if err := ctx.Err(); err != nil {
@@ -1218,48 +1225,55 @@ func (s *RedisStore) Unfinished(ctx context.Context, pod string) iter.Seq2[*Reco
 	}
 }
 
-// redisRead is what one round trip of a walk brought: the fields of these jobs (nil for one that is absent, an error for one that
-// is no job), or why there are none.
-type redisRead struct {
-	redisJobs
-	fields []redisFields
+// redisWalk is one walk through the unfinished jobs of a pod, or of all.
+type redisWalk struct {
+	*RedisStore
+	pod   string
+	found chan []foundRecord // what each round trip brought
+}
+
+// foundRecord is one record of a walk, or why it or others cannot be read.
+type foundRecord struct {
+	record *Record
 	err    error
 }
 
-// readUnfinished sends what the indexes name. A shard that cannot be read is left out, with an error; the walk ends when all
-// that it asked for failed.
-func (s *RedisStore) readUnfinished(ctx context.Context, read chan<- redisRead) {
-	send := func(r redisRead) bool {
-		select {
-		case read <- r:
-			return true
-		case <-ctx.Done():
-			return false
-		}
+// send reports whether the receiver is still there.
+func (w *redisWalk) send(ctx context.Context, found ...foundRecord) bool {
+	select {
+	case w.found <- found:
+		return true
+	case <-ctx.Done():
+		return false
 	}
-	cursors := make(map[int]string, s.options.shards) // of the shards that have more
-	for shard := range s.options.shards {
+}
+
+// run reads what the indexes name. A shard that cannot be read is left out, with an error; the walk ends when all that it asked
+// for failed.
+func (w *redisWalk) run(ctx context.Context) {
+	cursors := make(map[int]string, w.options.shards) // of the shards that have more
+	for shard := range w.options.shards {
 		cursors[shard] = "0"
 	}
 	seen := map[string]struct{}{} // ZSCAN may repeat an entry
 	for len(cursors) > 0 {
-		ids, err := s.scanIndexes(ctx, cursors, seen)
-		if err != nil && !send(redisRead{err: err}) {
+		batches, err := w.scanIndexes(ctx, cursors, seen)
+		if err != nil && !w.send(ctx, foundRecord{err: storeError("unfinished", "", nil, err)}) {
 			return
 		}
-		s.readJobs(ctx, ids, send)
+		w.readJobs(ctx, batches)
 	}
 }
 
 // scanIndexes returns the new ids of the next page of every shard, and moves the cursors. Shards that are at their end or
 // cannot be read leave cursors.
-func (s *RedisStore) scanIndexes(ctx context.Context, cursors map[int]string, seen map[string]struct{}) (ids []string, err error) {
+func (w *redisWalk) scanIndexes(ctx context.Context, cursors map[int]string, seen map[string]struct{}) (batches []redisJobs, err error) {
 	asked := maps.Clone(cursors)
-	pages, err := callRedis(ctx, s, func(ctx context.Context) (map[int]*redis.Cmd, error) {
-		pipe := s.client.Pipeline()
+	pages, err := callRedis(ctx, w.RedisStore, func(ctx context.Context) (map[int]*redis.Cmd, error) {
+		pipe := w.client.Pipeline()
 		pages := make(map[int]*redis.Cmd, len(asked))
 		for shard, cursor := range asked {
-			pages[shard] = redisscript.Scan.Eval(ctx, pipe, []string{s.index(shard)}, cursor, redisPage)
+			pages[shard] = redisscript.Scan.Eval(ctx, pipe, []string{w.index(shard)}, cursor, redisPage)
 		}
 		_, err := pipe.Exec(ctx)
 		return pages, err
@@ -1274,71 +1288,87 @@ func (s *RedisStore) scanIndexes(ctx context.Context, cursors map[int]string, se
 			cursors[shard] = cursor
 		}
 		entries, _ := reply[1].([]any)
-		for i := 0; i+1 < len(entries); i += 2 { // id, score
-			id, ok := entries[i].(string)
+		ids := make([]string, 0, len(entries))
+		for _, entry := range entries {
+			id, ok := entry.(string)
 			if _, repeated := seen[id]; ok && !repeated {
 				seen[id] = struct{}{}
 				ids = append(ids, id)
 			}
 		}
+		for batch := range slices.Chunk(ids, redisReadBatch) {
+			batches = append(batches, redisJobs{shard, batch})
+		}
 	}
-	return ids, err
+	return batches, err
 }
 
 // readJobs reads these jobs, some shards at a time, and sends what came. It gives up when all readers in turn have failed.
-func (s *RedisStore) readJobs(ctx context.Context, ids []string, send func(redisRead) bool) {
+func (w *redisWalk) readJobs(ctx context.Context, batches []redisJobs) {
 	ctx, giveUp := context.WithCancel(ctx)
 	defer giveUp()
-	batches := make(chan redisJobs)
 	var readers sync.WaitGroup
-	var failed atomic.Int32 // in a row
-	for range redisReaders {
+	var next, failed atomic.Int32 // failed: in a row
+	for range min(redisReaders, len(batches)) {
 		readers.Go(func() {
-			for jobs := range batches {
-				r := s.readBatch(ctx, jobs)
-				if ctx.Err() != nil || !send(r) {
-					continue
+			for ctx.Err() == nil {
+				n := int(next.Add(1)) - 1
+				if n >= len(batches) {
+					return
 				}
-				if r.err == nil {
+				found, err := w.readBatch(ctx, batches[n])
+				if err != nil {
+					found = []foundRecord{{err: storeError("unfinished", "", nil, err)}}
+				}
+				switch {
+				case !w.send(ctx, found...):
+					return
+				case err == nil:
 					failed.Store(0)
-				} else if failed.Add(1) >= redisReaders {
+				case failed.Add(1) >= redisReaders:
 					giveUp()
 				}
 			}
 		})
 	}
-	for _, jobs := range s.batchesOf(ids, redisReadBatch) {
-		if ctx.Err() != nil {
-			break
-		}
-		batches <- jobs
-	}
-	close(batches)
 	readers.Wait()
 }
 
-func (s *RedisStore) readBatch(ctx context.Context, jobs redisJobs) redisRead {
-	r := redisRead{redisJobs: jobs}
+// readBatch returns the unfinished records among these jobs, and takes jobs that are gone off the index.
+func (w *redisWalk) readBatch(ctx context.Context, jobs redisJobs) ([]foundRecord, error) {
 	keys := make([]string, len(jobs.ids))
 	for i, id := range jobs.ids {
-		keys[i] = s.key(jobs.shard, "job:"+id)
+		keys[i] = w.key(jobs.shard, "job:"+id)
 	}
-	read := s.readFields
-	if readsReplicas(s.client) {
-		read = s.readFieldsByScript
+	read := w.readFields
+	if readsReplicas(w.client) {
+		read = w.readFieldsByScript
 	}
-	r.fields, r.err = callRedis(ctx, s, func(ctx context.Context) ([]redisFields, error) { return read(ctx, keys) })
+	values, err := callRedis(ctx, w.RedisStore, func(ctx context.Context) ([]readFields, error) { return read(ctx, keys) })
+	if err != nil {
+		return nil, err
+	}
+	found := make([]foundRecord, 0, len(values))
 	var gone []string
-	for i, values := range r.fields {
-		if values.at(redisEpoch) == "" && values.refusal() == nil {
+	for i, v := range values {
+		switch {
+		case v.err != nil:
+			found = append(found, foundRecord{err: storeError("unfinished", jobs.ids[i], nil, v.err)})
+		case v.fields.at(redisEpoch) == "":
 			gone = append(gone, jobs.ids[i])
+		case v.fields.at(redisEnded) == "0" && (w.pod == "" || v.fields.at(redisPod) == w.pod):
+			r, err := v.fields.record()
+			if err != nil {
+				err = storeError("unfinished", jobs.ids[i], nil, err)
+			}
+			found = append(found, foundRecord{r, err})
 		}
 	}
 	if len(gone) > 0 {
 		// If this fails, the next walk tries again.
-		_, _ = s.runPipeline(ctx, redisscript.Forget, []redisJobs{{jobs.shard, gone}}, nil)
+		_, _ = w.runPipeline(ctx, redisscript.Forget, []redisJobs{{jobs.shard, gone}}, nil)
 	}
-	return r
+	return found, nil
 }
 
 // readsReplicas reports whether client may answer a plain read from a replica, which may lag.
@@ -1352,22 +1382,37 @@ func readsReplicas(client redis.UniversalClient) bool {
 	return true
 }
 
-var redisWalkFields = append(slices.Clone(redisscript.Fields), "ended", "pod")
+// readFields are those of one job, or that another program has made something else of its key.
+type readFields struct {
+	fields redisFields
+	err    error
+}
 
-func (s *RedisStore) readFields(ctx context.Context, keys []string) ([]redisFields, error) {
+// redisWalkFields are what a walk asks for, as arguments of a command.
+var redisWalkFields = func() (args []any) {
+	for _, name := range append(slices.Clone(redisscript.Fields), "ended", "pod") {
+		args = append(args, name)
+	}
+	return args
+}()
+
+func (s *RedisStore) readFields(ctx context.Context, keys []string) ([]readFields, error) {
 	pipe := s.client.Pipeline()
-	cmds := make([]*redis.SliceCmd, len(keys))
+	cmds := make([]*redis.StringSliceCmd, len(keys))
 	for i, key := range keys {
-		cmds[i] = pipe.HMGet(ctx, key, redisWalkFields...)
+		// HMGet would make of each value an any, and of each argument another.
+		args := append(make([]any, 0, 2+len(redisWalkFields)), "hmget", key)
+		cmds[i] = redis.NewStringSliceCmd(ctx, append(args, redisWalkFields...)...)
+		_ = pipe.Process(ctx, cmds[i])
 	}
 	_, _ = pipe.Exec(ctx)
-	values := make([]redisFields, len(cmds))
+	values := make([]readFields, len(cmds))
 	for i, cmd := range cmds {
 		switch err := cmd.Err(); {
 		case err == nil:
-			values[i] = cmd.Val()
+			values[i].fields = cmd.Val()
 		case isWrongType(err):
-			values[i] = redisFields{err}
+			values[i].err = err
 		default:
 			return nil, err
 		}
@@ -1375,24 +1420,24 @@ func (s *RedisStore) readFields(ctx context.Context, keys []string) ([]redisFiel
 	return values, nil
 }
 
-func (s *RedisStore) readFieldsByScript(ctx context.Context, keys []string) ([]redisFields, error) {
-	reply, err := redisscript.Read.Run(ctx, s.client, keys, redisWalkFields).Slice()
+func (s *RedisStore) readFieldsByScript(ctx context.Context, keys []string) ([]readFields, error) {
+	reply, err := redisscript.Read.Run(ctx, s.client, keys, redisWalkFields...).Slice()
 	if err != nil {
 		return nil, err
 	}
 	if len(reply) != len(keys) {
 		return nil, errBadReply
 	}
-	values := make([]redisFields, len(reply))
+	values := make([]readFields, len(reply))
 	for i, v := range reply {
 		switch v := v.(type) {
 		case []any:
-			values[i] = v
+			values[i].fields = fieldsOf(v)
 		case error:
 			if !isWrongType(v) {
 				return nil, v
 			}
-			values[i] = redisFields{v}
+			values[i].err = v
 		default:
 			return nil, errBadReply
 		}
@@ -1402,39 +1447,6 @@ func (s *RedisStore) readFieldsByScript(ctx context.Context, keys []string) ([]r
 
 // isWrongType: another program has made something else of the key.
 func isWrongType(err error) bool { return redis.HasErrorPrefix(err, "WRONGTYPE") }
-
-// foundRecord is one record of a walk, or why it cannot be read.
-type foundRecord struct {
-	record *Record
-	err    error
-}
-
-// decode returns the unfinished records of pod, decoded on as many processors as there are.
-func (r redisRead) decode(pod string) []foundRecord {
-	found := make([]foundRecord, len(r.fields))
-	var workers sync.WaitGroup
-	each := max(16, (len(found)+runtime.GOMAXPROCS(0)-1)/runtime.GOMAXPROCS(0))
-	for from := 0; from < len(found); from += each {
-		workers.Go(func() {
-			for i := from; i < min(from+each, len(found)); i++ {
-				fields := r.fields[i]
-				if err := fields.refusal(); err != nil {
-					found[i] = foundRecord{err: storeError("unfinished", r.ids[i], nil, err)}
-					continue
-				}
-				if fields.at(redisEpoch) == "" || fields.at(redisEnded) != "0" || pod != "" && fields.at(redisPod) != pod {
-					continue
-				}
-				var err error
-				if found[i].record, err = fields.record(); err != nil {
-					found[i] = foundRecord{err: storeError("unfinished", r.ids[i], nil, err)}
-				}
-			}
-		})
-	}
-	workers.Wait()
-	return slices.DeleteFunc(found, func(f foundRecord) bool { return f.record == nil && f.err == nil })
-}
 
 // redisWrite is a record as the scripts take it.
 type redisWrite struct {
@@ -1544,33 +1556,32 @@ func answerOf(reply any) (redisAnswer, error) {
 	a := redisAnswer{verdict: verdict}
 	if len(parts) > 1 {
 		if fields, ok := parts[1].([]any); ok {
-			a.fields = fields
+			parts = fields
 		} else {
-			a.fields = parts[1:]
+			parts = parts[1:]
 		}
+		a.fields = fieldsOf(parts)
 	}
 	return a, nil
 }
 
-// redisFields are values of a job's hash, in the order of redisscript.Fields.
-type redisFields []any
+// redisFields are values of a job's hash, in the order of redisscript.Fields; "" for one that is not there.
+type redisFields []string
+
+func fieldsOf(reply []any) redisFields {
+	f := make(redisFields, len(reply))
+	for i, v := range reply {
+		f[i], _ = v.(string)
+	}
+	return f
+}
 
 // at is "" for one that is not there.
 func (f redisFields) at(i int) string {
 	if i >= len(f) {
 		return ""
 	}
-	v, _ := f[i].(string)
-	return v
-}
-
-// refusal is why there are no values, if Redis has said that.
-func (f redisFields) refusal() error {
-	if len(f) == 0 {
-		return nil
-	}
-	err, _ := f[0].(error)
-	return err
+	return f[i]
 }
 
 // hold reads owner, epoch, rev, lease end and cancel flag.
@@ -1593,14 +1604,13 @@ func (f redisFields) record() (*Record, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Record{
-		Owner: h.owner, Epoch: h.epoch, Rev: h.rev, LeaseUntil: h.leaseUntil.UTC(), CancelRequested: h.cancelRequested,
-	}
-	if err := r.UnmarshalJSON([]byte(f.at(redisRecord))); err != nil {
+	r, err := recordOf(f.at(redisRecord))
+	if err != nil {
 		return nil, err
 	}
+	r.Owner, r.Epoch, r.Rev, r.LeaseUntil, r.CancelRequested = h.owner, h.epoch, h.rev, h.leaseUntil.UTC(), h.cancelRequested
 	if p := f.at(redisWorkflow); p != "" {
-		workflow, err := packed.Unpack([]byte(p))
+		workflow, err := packed.Unpack(p)
 		if err != nil {
 			return nil, fmt.Errorf("the workflow of job %q: %w", r.JobID, err)
 		}

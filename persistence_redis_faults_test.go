@@ -467,6 +467,33 @@ func TestRedisStoreRoundTrips(t *testing.T) {
 	assert.Zero(t, trips.Load())
 }
 
+// An index that is longer than a page is walked by its cursor, and each job comes once all the same.
+func TestRedisStoreWalksManyPages(t *testing.T) {
+	t.Parallel()
+	const jobs = 2500
+	s := newRedisStore(t, startRedis(t).client(t, nil), comfyui.RedisShards(1))
+	ctx := t.Context()
+	want := make([]string, jobs)
+	var makers sync.WaitGroup
+	for m := range 8 {
+		makers.Go(func() {
+			for i := m; i < jobs; i += 8 {
+				want[i] = fmt.Sprintf("job-%04d", i)
+				_, err := s.Create(ctx, &comfyui.Record{JobID: want[i], Owner: "a"}, time.Hour)
+				assert.NoError(t, err)
+			}
+		})
+	}
+	makers.Wait()
+	var found []string
+	for r, err := range s.Unfinished(ctx, "") {
+		require.NoError(t, err)
+		found = append(found, r.JobID)
+	}
+	slices.Sort(found)
+	assert.Equal(t, want, found)
+}
+
 // countTrips counts what goes over the wire and comes back.
 func countTrips(client *redis.Client) *atomic.Int64 {
 	var h tripCounter

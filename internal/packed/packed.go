@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"sync"
 )
 
@@ -62,16 +63,16 @@ func deflate(data []byte) []byte {
 }
 
 // Unpack returns what was packed. It fails for bytes that Pack did not make, and makes room for no more than they hold.
-func Unpack(p []byte) ([]byte, error) {
+func Unpack(p string) ([]byte, error) {
 	if len(p) == 0 {
 		return nil, errMalformed
 	}
 	kind, body := p[0], p[1:]
 	switch kind {
 	case plain:
-		return bytes.Clone(body), nil
+		return []byte(body), nil
 	case deflated:
-		n, used := binary.Uvarint(body)
+		n, used := binary.Uvarint([]byte(body[:min(len(body), binary.MaxVarintLen64)]))
 		if used <= 0 || n > most {
 			return nil, errMalformed
 		}
@@ -80,10 +81,10 @@ func Unpack(p []byte) ([]byte, error) {
 	return nil, errMalformed
 }
 
-func inflate(body []byte, n int) ([]byte, error) {
+func inflate(body string, n int) ([]byte, error) {
 	r := inflaters.Get().(io.ReadCloser)
 	defer inflaters.Put(r)
-	if err := r.(flate.Resetter).Reset(bytes.NewReader(body), nil); err != nil {
+	if err := r.(flate.Resetter).Reset(strings.NewReader(body), nil); err != nil {
 		return nil, fmt.Errorf("%w: %w", errMalformed, err)
 	}
 	// A length that the bytes cannot have is not believed: deflate makes nothing smaller than a thousandth.

@@ -6,12 +6,13 @@ package plainjson
 import (
 	"iter"
 	"strconv"
+	"strings"
 	"unicode/utf8"
 )
 
 // Reader walks one document. The first thing that it does not read makes OK false for good, and ends every walk.
 //
-//	r := plainjson.NewReader(data)
+//	r := plainjson.NewReader(text)
 //	for name := range r.Fields([]string{"n", "s"}) {
 //		switch name {
 //		case "n":
@@ -22,13 +23,13 @@ import (
 //	}
 //	if !r.OK() { … }
 type Reader struct {
-	data []byte
+	data string
 	at   int
 	bad  bool
 }
 
-// NewReader reads data, which must not change meanwhile.
-func NewReader(data []byte) *Reader { return &Reader{data: data} }
+// NewReader reads one document.
+func NewReader(text string) *Reader { return &Reader{data: text} }
 
 // GiveUp makes the document one for encoding/json.
 func (r *Reader) GiveUp() { r.bad = true }
@@ -53,7 +54,7 @@ func (r *Reader) expect(c byte) bool {
 }
 
 // Object yields the keys of the object that begins here. The body of the loop reads exactly one value.
-func (r *Reader) Object(yield func(key []byte) bool) {
+func (r *Reader) Object(yield func(key string) bool) {
 	if !r.expect('{') {
 		return
 	}
@@ -82,7 +83,7 @@ func (r *Reader) Object(yield func(key []byte) bool) {
 func (r *Reader) Fields(names []string) iter.Seq[string] {
 	return func(yield func(string) bool) {
 		for key := range r.Object {
-			for len(names) > 0 && names[0] != string(key) {
+			for len(names) > 0 && names[0] != key {
 				names = names[1:]
 			}
 			if len(names) == 0 {
@@ -97,36 +98,49 @@ func (r *Reader) Fields(names []string) iter.Seq[string] {
 	}
 }
 
-// Text reads a string, and returns its bytes, which are part of the document.
-func (r *Reader) Text() []byte {
+// Text reads a string, and returns it as a part of the document, which stays in memory as long as it does.
+func (r *Reader) Text() string {
 	if !r.expect('"') {
-		return nil
+		return ""
 	}
-	start := r.at
+	start, ascii := r.at, true
 	for ; r.at < len(r.data); r.at++ {
-		switch c := r.data[r.at]; {
-		case c == '"':
-			s := r.data[start:r.at]
-			r.at++
-			if !utf8.Valid(s) {
-				r.bad = true
-			}
-			return s
-		case c == '\\' || c < ' ':
-			r.bad = true
-			return nil
+		c := r.data[r.at]
+		if plain[c] {
+			continue
 		}
+		if c >= utf8.RuneSelf {
+			ascii = false
+			continue
+		}
+		if c != '"' {
+			break
+		}
+		s := r.data[start:r.at]
+		r.at++
+		if !ascii && !utf8.ValidString(s) {
+			break
+		}
+		return s
 	}
 	r.bad = true
-	return nil
+	return ""
 }
 
-// String reads a string.
-func (r *Reader) String() string { return string(r.Text()) }
+// plain are the bytes that stand for themselves in a string, whatever comes before and after them.
+var plain = func() (is [256]bool) {
+	for c := byte(' '); c < utf8.RuneSelf; c++ {
+		is[c] = c != '"' && c != '\\'
+	}
+	return is
+}()
+
+// String reads a string, and returns a copy.
+func (r *Reader) String() string { return strings.Clone(r.Text()) }
 
 // Bool reads true or false.
 func (r *Reader) Bool() bool {
-	switch s := r.word(); string(s) {
+	switch r.word() {
 	case "true":
 		return true
 	case "false":
@@ -137,7 +151,7 @@ func (r *Reader) Bool() bool {
 }
 
 // word returns the bytes up to the next comma or brace.
-func (r *Reader) word() []byte {
+func (r *Reader) word() string {
 	start := r.at
 	for r.at < len(r.data) && r.data[r.at] != ',' && r.data[r.at] != '}' && r.data[r.at] != ']' {
 		r.at++
@@ -157,12 +171,12 @@ func (r *Reader) Int() int64 {
 		return 0
 	}
 	var n int64
-	for _, c := range digits {
-		if c < '0' || c > '9' {
+	for i := range len(digits) {
+		if digits[i] < '0' || digits[i] > '9' {
 			r.bad = true
 			return 0
 		}
-		n = 10*n + int64(c-'0')
+		n = 10*n + int64(digits[i]-'0')
 	}
 	if s[0] == '-' {
 		return -n
@@ -177,7 +191,7 @@ func (r *Reader) Float() float64 {
 		r.bad = true
 		return 0
 	}
-	f, err := strconv.ParseFloat(string(s), 64)
+	f, err := strconv.ParseFloat(s, 64)
 	if err != nil {
 		r.bad = true
 	}
@@ -185,7 +199,7 @@ func (r *Reader) Float() float64 {
 }
 
 // isNumber is JSON's grammar, which is narrower than that of strconv.
-func isNumber(s []byte) bool {
+func isNumber(s string) bool {
 	i := 0
 	digits := func() bool {
 		from := i
@@ -219,14 +233,14 @@ func isNumber(s []byte) bool {
 	return i == len(s)
 }
 
-// Raw returns the value that begins here, whatever it is. It is not checked: it may be no JSON.
-func (r *Reader) Raw() []byte {
+// Raw returns the value that begins here, whatever it is, as a part of the document. It is not checked: it may be no JSON.
+func (r *Reader) Raw() string {
 	start, depth := r.at, 0
 	for ; r.at < len(r.data); r.at++ {
 		switch r.data[r.at] {
 		case '"':
 			if r.skipText(); r.bad {
-				return nil
+				return ""
 			}
 		case '{', '[':
 			depth++
