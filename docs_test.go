@@ -84,6 +84,7 @@ const docScaffold = `package docs
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
