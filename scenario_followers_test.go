@@ -637,6 +637,26 @@ func TestS45FollowersClose(t *testing.T) {
 	})
 }
 
+// Nor does a Redis that hangs hold Close up.
+func TestS45FollowersCloseOnAHungRedis(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		server := newSimRedis()
+		b.t.Cleanup(server.Close)
+		c := b.client(comfyui.WithStore(newRedisStore(b.t, server.client(b.t, nil), onePrefix, comfyui.RedisCallTimeout(5*time.Second))))
+		f := b.foreign(c, newRedisStore(b.t, server.client(b.t, nil), onePrefix), "the-job")
+		j := f.attach(c)
+		thaw := server.freeze()
+		defer thaw()
+		time.Sleep(42 * time.Second) // the subscription is being made anew
+		begin := time.Now()
+		require.NoError(b.t, c.Close())
+		assert.LessOrEqual(b.t, time.Since(begin), 3*time.Second)
+		_, err := j.Wait(b.ctx)
+		require.ErrorIs(b.t, err, comfyui.ErrClosed)
+	})
+}
+
 // A few jobs of any Watcher are watched at a time; when one ends, the next has its turn.
 func TestS35FollowersTakeTurns(t *testing.T) {
 	t.Parallel()
