@@ -227,6 +227,22 @@ type probe struct {
 	runningFor time.Duration // the same prompt was seen running
 }
 
+// runner is the prompt that runs; "": none.
+func (p *probe) runner() string {
+	if len(p.running) == 0 {
+		return ""
+	}
+	return p.running[0]
+}
+
+// front is the prompt that waits in front while none runs; "": there is none.
+func (p *probe) front() string {
+	if len(p.running) > 0 || len(p.pending) == 0 {
+		return ""
+	}
+	return p.pending[0]
+}
+
 // probe looks at the pod.
 func (e *endpoint) probe(ctx context.Context, o observed) probe {
 	ctx, cancel := within(ctx, probeTime+idleWorker)
@@ -267,6 +283,7 @@ func (e *endpoint) lookAtQueue(ctx context.Context) probe {
 	ctx, cancel := within(ctx, probeTime)
 	defer cancel()
 	var p probe
+	turn := e.health.turn()
 	start := time.Now()
 	n, err := e.queueRemaining(ctx)
 	p.latency = time.Since(start)
@@ -277,7 +294,7 @@ func (e *endpoint) lookAtQueue(ctx context.Context) probe {
 	}
 	p.err = err
 	if c := CategoryOf(err); c != CategoryContext && c != CategoryClosed { // they say nothing of the pod
-		e.health.looked(&p, time.Now())
+		e.health.looked(&p, turn, time.Now())
 	}
 	return p
 }
@@ -311,7 +328,9 @@ type healthMemory struct {
 	mu           sync.Mutex
 	last         Health
 	ready        bool
+	turns        uint64    // looks that were begun
 	lookedAt     time.Time // at the queue
+	lookedTurn   uint64    // of that look
 	silentSince  time.Time
 	front        string // the prompt that waited in front while none ran
 	waitingSince time.Time
@@ -327,8 +346,17 @@ func (m *healthMemory) answered() {
 	m.ready = true
 }
 
-// looked takes a look at the queue in, and adds what earlier ones say.
-func (m *healthMemory) looked(p *probe, now time.Time) {
+// turn is taken when a look begins.
+func (m *healthMemory) turn() uint64 {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.turns++
+	return m.turns
+}
+
+// looked takes a look at the queue in, and adds what earlier ones say. Of looks at the same time the one that began last knows
+// best: what an earlier one has seen may be out of date by now.
+func (m *healthMemory) looked(p *probe, turn uint64, now time.Time) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	p.ready, p.degraded = m.ready, m.last.State == HealthDegraded
@@ -340,22 +368,23 @@ func (m *healthMemory) looked(p *probe, now time.Time) {
 		return
 	}
 	m.ready, m.silentSince = true, time.Time{}
-
-	front, runner := "", ""
-	switch {
-	case len(p.running) > 0:
-		runner = p.running[0]
-	case len(p.pending) > 0:
-		front = p.pending[0]
+	front, runner := p.front(), p.runner()
+	if turn > m.lookedTurn {
+		m.lookedTurn = turn
+		if front == "" || front != m.front || now.Sub(m.lookedAt) > time.Minute { // much can have run meanwhile
+			m.front, m.waitingSince = front, now
+		}
+		m.lookedAt = now
+		if runner == "" || runner != m.runner {
+			m.runner, m.runningSince = runner, now
+		}
 	}
-	if front == "" || front != m.front || now.Sub(m.lookedAt) > time.Minute { // much can have run meanwhile
-		m.front, m.waitingSince = front, now
+	if front == m.front {
+		p.waitingFor = now.Sub(m.waitingSince)
 	}
-	m.lookedAt = now
-	if runner == "" || runner != m.runner {
-		m.runner, m.runningSince = runner, now
+	if runner == m.runner {
+		p.runningFor = now.Sub(m.runningSince)
 	}
-	p.waitingFor, p.runningFor = now.Sub(m.waitingSince), now.Sub(m.runningSince)
 }
 
 // judged takes a verdict in and tells a change of state, in order.

@@ -173,6 +173,26 @@ func TestHealthOfAPod(t *testing.T) {
 	})
 }
 
+// Of two looks at once, that of the monitor for one, the one that began first can be answered last.
+func TestHealthTakesNoOldLookForNew(t *testing.T) {
+	t.Parallel()
+	var m healthMemory
+	start := time.Now()
+	looked := func(turn uint64, at time.Duration, pending ...string) probe {
+		p := probe{pending: pending}
+		m.looked(&p, turn, start.Add(at))
+		return p
+	}
+	older, newer := m.turn(), m.turn()
+	assert.Zero(t, looked(newer, 0, "a").waitingFor)
+	assert.Zero(t, looked(older, 0).waitingFor)
+	assert.Equal(t, idleWorker, looked(m.turn(), idleWorker, "a").waitingFor, "the older look has hidden the newer one")
+
+	older = m.turn()
+	looked(m.turn(), 2*idleWorker)
+	assert.Zero(t, looked(older, time.Minute, "a").waitingFor, "it waited when that look began, and does no more")
+}
+
 func TestHealthOfADeadWorker(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
