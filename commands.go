@@ -325,7 +325,7 @@ func (t *tracker) accepted(j *tracked, r submitted, now time.Time) {
 	switch {
 	case r.posts != 1:
 		t.lookBy(now) // the POST before may have arrived too
-	case t.pod.fingerprints:
+	case t.pod.fingerprints && t.pod.failures == 0:
 		t.lookBy(now) // what else the process has tells it from the next one, which could come at any moment
 	case t.pod.stream == StreamUp:
 		t.lookBy(now.Add(min(max(t.timing.Poll, 0), t.lookPeriod()))) // where it stands in the queue

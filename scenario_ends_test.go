@@ -547,6 +547,22 @@ func TestS29RestartRightAfterTheFirstPost(t *testing.T) {
 	}
 }
 
+// A pod that cannot tell its history is not asked for it with each POST.
+func TestS29FingerprintThatFails(t *testing.T) {
+	t.Parallel()
+	everywhere(t, releases, []line{streaming}, func(t *testing.T, b *bench, _ line) {
+		b.pod.Inject(comfyuitest.Fault{Route: "GET /history", Effect: comfyuitest.Answer, Status: 500, Times: -1})
+		b.raw("Long", 1)
+		c := b.client()
+		for i := range 100 {
+			_, err := c.Submit(b.ctx, graphOf(t, "Work", i))
+			require.NoError(t, err)
+			time.Sleep(50 * time.Millisecond)
+		}
+		assert.LessOrEqual(t, b.pod.Requests("GET /queue"), 10, "in five seconds")
+	})
+}
+
 // Several jobs at once: each is posted once more, whatever it was doing.
 func TestS29SeveralJobs(t *testing.T) {
 	t.Parallel()
