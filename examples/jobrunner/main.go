@@ -54,7 +54,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	switch args[0] {
 	case "infra":
 		steps := flags.Int("steps", 90, "how many steps, of a second each, a job takes on the pod")
-		if err := flags.Parse(args[1:]); err != nil {
+		if err := parse(flags, args[1:]); err != nil {
 			return err
 		}
 		return runInfra(ctx, at.Redis, *steps, stdout)
@@ -70,7 +70,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		return errors.New(usage)
 	}
 	flags.StringVar(&at.Pod, "pod", "", "`URL` of a ComfyUI pod; default: the one that infra runs")
-	if err := flags.Parse(args[1:]); err != nil {
+	if err := parse(flags, args[1:]); err != nil {
 		return err
 	}
 	s, err := open(ctx, at)
@@ -79,6 +79,17 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	}
 	defer s.close()
 	return command(s)
+}
+
+// parse reads the flags. Nothing else is taken: enqueue FILE would put another workflow on the queue than FILE.
+func parse(flags *flag.FlagSet, args []string) error {
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	if flags.NArg() > 0 {
+		return fmt.Errorf("unexpected argument %q; %s -h tells the flags", flags.Arg(0), flags.Name())
+	}
+	return nil
 }
 
 // services is what the commands work with: a Redis, which holds asynq's tasks and the records of the jobs, and a pod.

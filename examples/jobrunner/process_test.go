@@ -247,3 +247,11 @@ func TestWithoutRedis(t *testing.T) {
 	require.ErrorContains(t, err, "apt-get install redis-server")
 	require.ErrorContains(t, err, "-redis HOST:PORT")
 }
+
+func TestUnexpectedArgument(t *testing.T) {
+	t.Parallel()
+	for _, command := range []string{"infra", "enqueue", "worker", "status"} {
+		err := run(t.Context(), []string{command, "workflow.json"}, &bytes.Buffer{})
+		require.EqualError(t, err, `unexpected argument "workflow.json"; jobrunner `+command+` -h tells the flags`)
+	}
+}

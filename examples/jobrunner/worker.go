@@ -42,7 +42,9 @@ func (s *services) work(ctx context.Context, drain bool) error {
 	recovery.Go(func() {
 		for job, err := range s.pod.Recover(ctx) {
 			if err != nil {
-				log.Print(err)
+				if ctx.Err() == nil { // else the worker stops
+					log.Print(err)
+				}
 				continue
 			}
 			log.Printf("%s: taken over from a worker that is gone", job.ID())
