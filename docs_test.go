@@ -119,6 +119,7 @@ func statements(
 // All Go code in the documents, and in the package's own comment, compiles.
 func TestDocumentedCodeCompiles(t *testing.T) {
 	t.Parallel()
+	imports := newExports(t)
 	checked := 0
 	for _, page := range append(documents(t), "doc.go") {
 		var blocks []string
@@ -129,11 +130,11 @@ func TestDocumentedCodeCompiles(t *testing.T) {
 		}
 		for _, block := range blocks {
 			checked++
-			assert.NoError(t, compileDocumented(t, block), "%s:\n%s", page, block)
+			assert.NoError(t, compileDocumented(imports, block), "%s:\n%s", page, block)
 		}
 	}
 	assert.Greater(t, checked, 20)
-	assert.Error(t, compileDocumented(t, "client.NoSuchMethod()"))
+	assert.Error(t, compileDocumented(imports, "client.NoSuchMethod()"))
 }
 
 // codeOfComment is the Go code in a package comment; shell commands stand there, too.
@@ -151,8 +152,7 @@ func codeOfComment(t *testing.T, source string) []string {
 }
 
 // compileDocumented type-checks declarations or statements. What is not used is no fault there.
-func compileDocumented(t *testing.T, code string) error {
-	t.Helper()
+func compileDocumented(imports types.Importer, code string) error {
 	source := fmt.Sprintf(docScaffold, "", code)
 	if _, err := parser.ParseFile(token.NewFileSet(), "", "package p\n"+code, 0); err == nil {
 		source = fmt.Sprintf(docScaffold, code, "")
@@ -163,7 +163,7 @@ func compileDocumented(t *testing.T, code string) error {
 		return err
 	}
 	var first error
-	config := types.Config{Importer: newExports(t), Error: func(err error) {
+	config := types.Config{Importer: imports, Error: func(err error) {
 		if e, ok := err.(types.Error); first == nil && (!ok || !e.Soft) { //nolint:errorlint // go/types gives exactly these
 			first = err
 		}
