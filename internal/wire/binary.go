@@ -96,11 +96,8 @@ func previewFormat(format uint32) string {
 
 func (d *Decoder) metadata(b *Binary, header []byte) error {
 	s := &d.s
-	s.reset(header)
+	s.begin(header)
 	defer d.release()
-	if s.at() != '{' {
-		s.fail()
-	}
 	for s.object(); s.next(); {
 		switch string(s.key) {
 		case "node_id":

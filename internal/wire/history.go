@@ -59,10 +59,7 @@ func History(body []byte, withGraphs bool) ([]HistoryEntry, error) {
 	d := borrow()
 	defer d.giveBack()
 	s := &d.s
-	s.reset(body)
-	if s.at() != '{' {
-		s.fail()
-	}
+	s.begin(body)
 	var entries []HistoryEntry
 	for s.object(); s.next() && s.take(); {
 		entries = append(entries, d.historyEntry(withGraphs))

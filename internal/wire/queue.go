@@ -31,10 +31,7 @@ func Queue(body []byte, withGraphs bool) (running, pending []QueueItem, err erro
 	d := borrow()
 	defer d.giveBack()
 	s := &d.s
-	s.reset(body)
-	if s.at() != '{' {
-		s.fail()
-	}
+	s.begin(body)
 	hasRunning, hasPending := false, false
 	for s.object(); s.next(); {
 		switch string(s.key) {

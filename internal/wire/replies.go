@@ -22,10 +22,7 @@ func DecodeJob(body []byte) (Job, error) {
 	d := borrow()
 	defer d.giveBack()
 	s := &d.s
-	s.reset(body)
-	if s.at() != '{' {
-		s.fail()
-	}
+	s.begin(body)
 	var j Job
 	var item QueueItem
 	ended := false
@@ -127,10 +124,7 @@ func DecodePromptReply(body []byte) (PromptReply, error) {
 	d := borrow()
 	defer d.giveBack()
 	s := &d.s
-	s.reset(body)
-	if s.at() != '{' {
-		s.fail()
-	}
+	s.begin(body)
 	var r PromptReply
 	hasID := false
 	for s.object(); s.next(); {
@@ -288,10 +282,7 @@ func ObjectInfo(body []byte) (map[string]json.RawMessage, error) {
 	d := borrow()
 	defer d.giveBack()
 	s := &d.s
-	s.reset(body)
-	if s.at() != '{' {
-		s.fail()
-	}
+	s.begin(body)
 	classes := map[string]json.RawMessage{}
 	for s.object(); s.next() && s.take(); {
 		class := string(s.key)
@@ -325,10 +316,7 @@ func DecodeSystemStats(body []byte) (SystemStats, error) {
 	d := borrow()
 	defer d.giveBack()
 	s := &d.s
-	s.reset(body)
-	if s.at() != '{' {
-		s.fail()
-	}
+	s.begin(body)
 	var stats SystemStats
 	start, hasSystem := s.i, false
 	for s.object(); s.next(); {

@@ -75,6 +75,14 @@ func (s *scanner) reset(b []byte) {
 	s.space()
 }
 
+// begin is reset for a document that must be an object.
+func (s *scanner) begin(b []byte) {
+	s.reset(b)
+	if s.at() != '{' {
+		s.fail()
+	}
+}
+
 func (s *scanner) fail() {
 	if !s.bad {
 		s.bad, s.badAt = true, min(s.i, len(s.b))
