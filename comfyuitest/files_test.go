@@ -270,7 +270,8 @@ func TestUploadImage(t *testing.T) {
 			{[]formPart{img("/slash.png", "a")}, 200, `{"name": "slash.png", "subfolder": "", "type": "input"}`},
 			{[]formPart{img("/etc/x.png", "a")}, 500, ""}, // as etc/x.png, and there is no folder etc
 			{[]formPart{img(".", "a")}, 500, ""},
-			{[]formPart{img("x.png/", "a")}, 500, ""},
+			{[]formPart{img("x.png/", "five")}, 200, `{"name": "x.png/", "subfolder": "", "type": "input"}`},
+			{[]formPart{img("x.png/", "a")}, 500, ""}, // it would be x.png/ (1)
 			{[]formPart{img(strings.Repeat("n", 251)+".png", "a")}, 200, `{"name": "` + strings.Repeat("n", 251) + `.png", "subfolder": "", "type": "input"}`},
 			{[]formPart{img(strings.Repeat("n", 252)+".png", "a")}, 500, ""},
 			{[]formPart{img("first.png", "a"), img("second.png", "b")}, 200, `{"name": "first.png", "subfolder": "", "type": "input"}`},

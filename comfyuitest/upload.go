@@ -128,11 +128,8 @@ func (p *process) upload(r *request, save func(f *form, data []byte, to fileRef)
 	if isOutside(subfolder) || path.IsAbs(sent.filename) || isOutside(full) {
 		return emptyAnswer(http.StatusBadRequest)
 	}
-	if strings.Contains(sent.filename, "/") && len(p.files.list(kind, path.Dir(full))) == 0 {
-		return troubleAnswer() // the server makes the subfolder, but no folder that the name asks for
-	}
 	const longestName = 255 // bytes, on the usual file systems
-	if base := path.Base(sent.filename); base == "." || strings.HasSuffix(sent.filename, "/") || len(base) > longestName {
+	if base := path.Base(sent.filename); base == "." || len(base) > longestName {
 		return troubleAnswer()
 	}
 	name, duplicate := sent.filename, false
@@ -140,6 +137,9 @@ func (p *process) upload(r *request, save func(f *form, data []byte, to fileRef)
 		name, duplicate = p.freeName(kind, subfolder, sent)
 	}
 	at := fileRef{kind, path.Dir(path.Join(subfolder, name)), path.Base(name)}
+	if strings.Contains(name, "/") && len(p.files.list(kind, at.subfolder)) == 0 {
+		return troubleAnswer() // the server makes the subfolder, but no folder that the name asks for
+	}
 	if !duplicate && !save(f, sent.data, at) {
 		return troubleAnswer()
 	}
