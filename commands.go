@@ -324,7 +324,7 @@ func (t *tracker) accepted(j *tracked, r submitted, now time.Time) {
 	t.takeStrays(r.promptID, now)
 	switch {
 	case r.posts != 1:
-		t.lookBy(now) // the POST before may have arrived too
+		t.expectCopies(now) // the POST before may have arrived too
 	case t.pod.fingerprints && t.pod.failures == 0:
 		t.lookBy(now) // what else the process has tells it from the next one, which could come at any moment
 	case t.pod.stream == StreamUp:
@@ -480,6 +480,7 @@ func (s *submission) post(ctx context.Context) (submitted, error) {
 		if id == "" { // 409: it was there already
 			id = s.rec.PromptID
 		}
+		s.t.endpoint.tookPrompt(s.rec.PromptID, id)
 		return submitted{
 			accepted: true, attempt: s.rec.Attempt, promptID: id, clientID: s.t.opts.clientID, number: reply.Number,
 			nodeErrors: reply.NodeErrors, posts: s.posts, answered: reply.PromptID != "", postedAt: postedAt, heard: heard,
@@ -565,7 +566,10 @@ func (s *submission) lookOnce(ctx context.Context) (submitted, error) {
 		return submitted{accepted: true, attempt: s.rec.Attempt, promptID: s.rec.PromptID, clientID: s.t.opts.clientID}, nil
 	default:
 	}
-	r := &reconciler{endpoint: s.t.endpoint, started: time.Now(), wanted: s.attempts, byMarker: true}
+	r := &reconciler{endpoint: s.t.endpoint, started: time.Now(), wanted: s.attempts, byMarker: true, proven: math.MaxInt64}
+	if r.knowsNone(ctx) || r.err != nil {
+		return submitted{}, r.err
+	}
 	r.run(ctx)
 	for _, w := range s.attempts {
 		if spot := r.spots[w.promptID]; spot.place > placeAbsent {
@@ -716,7 +720,7 @@ type reconciler struct {
 	started     time.Time
 	wanted      []sought
 	byMarker    bool     // an old pod may know the attempts by their marker only
-	heavy       bool     // the queue is large: ask for single jobs where the pod can do that
+	single      bool     // ask for each job alone, where the pod can do that
 	fingerprint bool     // compare the process with the one before
 	witnesses   []string // prompts that it must have
 	incarnation int      // of the pod when the look began
@@ -744,14 +748,15 @@ type evidence struct {
 
 const (
 	heavyQueue    = 256 << 10   // bytes of a reply from which single jobs are asked for instead
-	wholeEvery    = time.Minute // and the whole queue only so often: it alone shows copies, and whether the queue moves
-	fewJobs       = 4           // at most so many
-	historyReads  = 4           // at one time
+	wholeEvery    = time.Minute // and the whole queue only so often: it alone shows copies, places, and whether the queue moves
+	jobWeight     = 64 << 10    // bytes of a reply that may be saved by one request more
+	fewJobs       = 32          // at most so many
+	lookReads     = 4           // at one time
 	markerHistory = 128         // newest entries searched for a marker
 )
 
 func (r *reconciler) run(ctx context.Context) {
-	if !r.heavy || len(r.wanted) > fewJobs || !r.lookSingly(ctx) {
+	if !r.single || !r.lookSingly(ctx) {
 		r.lookAtQueue(ctx)
 	}
 	if r.err == nil {
@@ -762,30 +767,85 @@ func (r *reconciler) run(ctx context.Context) {
 	}
 }
 
-// lookSingly asks for each job; false: this pod cannot do that.
+// knowsNone tells whether the pod says of each attempt that it does not know it: to learn that there is nothing, the queue need not be
+// read. Anything else is for the queue and the history to tell, which show more.
+func (r *reconciler) knowsNone(ctx context.Context) bool {
+	if !r.endpoint.keepsPromptIDs() || !r.endpoint.tellsJobs(ctx) {
+		return false
+	}
+	return !slices.ContainsFunc(r.wanted, func(w sought) bool {
+		job, told, err := r.ask(ctx, w.promptID)
+		r.err = err
+		return !told || job != nil
+	})
+}
+
+// lookSingly asks for each job; false: the queue has to be read after all. What is over is left to the history, which tells it word
+// for word.
 func (r *reconciler) lookSingly(ctx context.Context) bool {
 	start := time.Now()
+	if !r.endpoint.tellsJobs(ctx) {
+		return false
+	}
 	r.spots = make(map[string]spot, len(r.wanted))
-	for _, w := range r.wanted {
-		job, supported, err := r.endpoint.apiJob(ctx, w.promptID)
-		if err != nil || !supported {
-			r.err = err
-			return err != nil
-		}
+	all := true
+	var mu sync.Mutex
+	atOnce(r.wanted, func(w sought) bool {
+		job, told, err := r.ask(ctx, w.promptID)
 		at := spot{place: placeAbsent, promptID: w.promptID, attempt: w.attempt, ahead: -1, copies: 1}
-		if job != nil {
-			at.number = job.Number
-			switch job.Status {
-			case "pending":
-				at.place = placePending
-			case "in_progress":
-				at.place = placeRunning
+		switch {
+		case job == nil:
+		case job.Status == jobPending:
+			at.place, at.number = placePending, job.Number
+		case job.Status == jobRunning:
+			at.place, at.number = placeRunning, job.Number
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		r.spots[w.promptID] = at
+		if err != nil {
+			r.err = err
+		}
+		all = all && told
+		return all
+	})
+	r.cost, r.breaks = time.Since(start), r.endpoint.lines.breaks.Load()
+	// Whether it is another process shows in the whole queue only.
+	return r.err != nil || all && r.breaks <= r.proven
+}
+
+// ask reads what /api/jobs says of a prompt. told: that can be relied on. err: nothing answers, and a queue would not either.
+func (r *reconciler) ask(ctx context.Context, promptID string) (job *wire.Job, told bool, err error) {
+	job, told, err = r.endpoint.apiJob(ctx, promptID)
+	if err == nil {
+		return job, told, nil
+	}
+	r.endpoint.distrustJobs()
+	var failed *Error
+	if errors.As(err, &failed) && failed.StatusCode != 0 {
+		err = nil
+	}
+	return nil, false, err
+}
+
+// atOnce reads some things, a few at one time, until one of the reads returns false.
+func atOnce[T any](of []T, read func(T) bool) {
+	part := func(of []T) {
+		for _, v := range of {
+			if !read(v) {
+				return
 			}
 		}
-		r.spots[w.promptID] = at
 	}
-	r.cost, r.breaks = time.Since(start), r.endpoint.lines.breaks.Load()
-	return true
+	if len(of) <= lookReads {
+		part(of)
+		return
+	}
+	var wg sync.WaitGroup
+	for some := range slices.Chunk(of, (len(of)+lookReads-1)/lookReads) {
+		wg.Go(func() { part(some) })
+	}
+	wg.Wait()
 }
 
 func (r *reconciler) lookAtQueue(ctx context.Context) {
@@ -858,27 +918,13 @@ func (r *reconciler) lookAtHistory(ctx context.Context) {
 		}
 	}
 	var mu sync.Mutex
-	var wg sync.WaitGroup
-	read := func(ids []string) {
-		for _, id := range ids {
-			entry, err := r.endpoint.history(ctx, id)
-			mu.Lock()
-			r.tookEntry(id, entry, err)
-			failed := r.err != nil
-			mu.Unlock()
-			if failed {
-				return
-			}
-		}
-	}
-	if len(absent) <= historyReads {
-		read(absent)
-	} else {
-		for part := range slices.Chunk(absent, (len(absent)+historyReads-1)/historyReads) {
-			wg.Go(func() { read(part) })
-		}
-		wg.Wait()
-	}
+	atOnce(absent, func(id string) bool {
+		entry, err := r.endpoint.history(ctx, id)
+		mu.Lock()
+		defer mu.Unlock()
+		r.tookEntry(id, entry, err)
+		return r.err == nil
+	})
 	if r.byMarker && r.err == nil {
 		r.searchMarkers(ctx)
 	}
@@ -1153,7 +1199,7 @@ func (t *tracker) removeDuplicate(j *tracked, promptID string, looked time.Time)
 			if err == nil {
 				t.counters.duplicatesRemoved.Add(1)
 			}
-			t.lookBy(now)
+			t.expectCopies(now)
 			if j := t.jobs[id]; j != nil {
 				j.cancel.busy, j.cancel.cleared = false, now
 				if err != nil && !neverSent(err) { // it may still come

@@ -350,7 +350,8 @@ func (e *emitter) queued(o obsQueued) {
 	e.seen(o.number)
 	p := &e.s.rec.Progress
 	// A look at the queue can be older than a frame: running does not go back to queued.
-	if p.Status != StatusQueued || p.QueueAhead == o.ahead {
+	// One that was not at the whole queue does not tell the place: that of the last one stands.
+	if p.Status != StatusQueued || o.ahead < 0 || p.QueueAhead == o.ahead {
 		return
 	}
 	p.QueueAhead = o.ahead

@@ -480,6 +480,7 @@ type endpoint struct {
 	maxUpload   int64     // of /features; 0: not known, -1: none told
 	noCancel    time.Time // until then /api/jobs/{id}/cancel is taken as absent
 	noJobsRoute time.Time // until then /api/jobs/{id} is taken as absent
+	keepsIDs    bool      // the pod took the last prompt under the id that it was given
 	health      healthMemory
 }
 
@@ -1715,7 +1716,42 @@ func (e *endpoint) historyEntries(ctx context.Context, path string, query url.Va
 	return entries, nil
 }
 
+// tellsJobs tells whether what the pod's /api/jobs/{id} says of a prompt can stand for its queue and its history: it has the route
+// (since 0.6.0), and nothing has spoken against that for a while.
+func (e *endpoint) tellsJobs(ctx context.Context) bool {
+	if e.absent(&e.noJobsRoute) {
+		return false
+	}
+	version, err := e.version(ctx)
+	if err != nil || version == "" { // it is not asked each time
+		e.distrustJobs()
+	}
+	return err == nil && atLeast(version, 0, 6)
+}
+
+// distrustJobs leaves /api/jobs/{id} alone for a while: a proxy keeps it to itself, or the server stumbles over a job.
+func (e *endpoint) distrustJobs() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.noJobsRoute = time.Now().Add(absentFor)
+}
+
+// tookPrompt notes what the pod has made of a prompt id.
+func (e *endpoint) tookPrompt(asked, got string) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.keepsIDs = asked == got
+}
+
+// keepsPromptIDs tells whether the pod is known to keep the prompt ids that it is given: a proxy may drop them on the way to it.
+func (e *endpoint) keepsPromptIDs() bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.keepsIDs
+}
+
 // apiJob reads /api/jobs/{id}, one try. supported: the pod has the route (since 0.6.0); nil and true: it does not know the prompt.
+// The server reads its queue and then its history: a prompt that it does not know was in neither at that moment.
 func (e *endpoint) apiJob(ctx context.Context, promptID string) (job *wire.Job, supported bool, err error) {
 	const op = "job"
 	if e.absent(&e.noJobsRoute) {
@@ -1727,17 +1763,25 @@ func (e *endpoint) apiJob(ctx context.Context, promptID string) (job *wire.Job, 
 		return nil, false, err
 	}
 	if isNoRoute(r.status) {
-		if _, ok := wire.DecodeRefusal(r.body); ok && r.status == http.StatusNotFound {
+		if refusal, ok := wire.DecodeRefusal(r.body); ok && r.status == http.StatusNotFound && refusal.Message == "Job not found" {
 			return nil, true, nil
 		}
 		return nil, false, e.missing(q, r, &e.noJobsRoute)
 	}
 	j, err := wire.DecodeJob(r.body)
+	if err == nil && (j.ID != promptID || !slices.Contains(jobStates, j.Status)) {
+		err = fmt.Errorf("it is about %q, in state %q", j.ID, j.Status)
+	}
 	if err != nil {
 		return nil, true, e.malformed(op, r, err)
 	}
 	return &j, true, nil
 }
+
+// jobStates are the states of /api/jobs; cancelled since 0.9.0.
+var jobStates = []string{jobPending, jobRunning, "completed", "failed", "cancelled"}
+
+const jobPending, jobRunning = "pending", "in_progress"
 
 // cancelJob cancels a prompt that waits or runs, one try. supported: the pod has the route (since 0.26.0). cancelled is false for
 // prompts that have ended or are unknown.
@@ -1865,7 +1909,7 @@ func (e *endpoint) version(ctx context.Context) (string, error) {
 func (e *endpoint) forgetVersion() {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.known, e.maxUpload, e.noCancel, e.noJobsRoute = "", 0, time.Time{}, time.Time{}
+	e.known, e.maxUpload, e.noCancel, e.noJobsRoute, e.keepsIDs = "", 0, time.Time{}, time.Time{}, false
 }
 
 // ignoresPromptIDs tells whether the pod names prompts itself, whatever the POST says: before 0.3.45. Where the pod tells no version

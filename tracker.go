@@ -116,6 +116,7 @@ type podView struct {
 	cost         time.Duration // of the last look
 	queueBytes   int
 	wholeAt      time.Time // when the whole queue was last read
+	copiesUntil  time.Time // a prompt may come a second time until then: only the whole queue shows that
 	failures     int       // looks that failed in a row
 	poison       error     // a CUDA fault of one of our jobs since the last restart
 	poisonedAt   time.Time
@@ -1430,12 +1431,34 @@ func (t *tracker) look(now time.Time) {
 	r := &reconciler{
 		endpoint: t.endpoint, started: now, wanted: wanted, fingerprint: t.pod.fingerprints, witnesses: t.pod.witnesses(),
 		incarnation: t.pod.incarnation, proven: t.pod.proven, heard: t.stream.heard.Load(),
-		heavy: t.pod.queueBytes > heavyQueue && now.Sub(t.pod.wholeAt) < wholeEvery,
+		single: t.asksSingly(wanted, now),
 	}
 	t.errand.do(func(ctx context.Context) func() {
 		r.run(ctx)
 		return func() { t.looked(r) }
 	})
+}
+
+// asksSingly tells whether the next look is to ask for each job alone: they are few, beside the size of the queue, and nothing is to be
+// learned that only the whole of it shows.
+func (t *tracker) asksSingly(wanted []sought, now time.Time) bool {
+	few := min(fewJobs, t.pod.queueBytes/jobWeight)
+	if t.pod.queueBytes <= heavyQueue || len(wanted) > few || t.pod.fingerprints || !t.pod.wholeAt.After(t.pod.copiesUntil) {
+		return false
+	}
+	period := wholeEvery
+	for _, w := range wanted {
+		if stall := t.jobs[w.jobID].rec.Options.Limits.stall(); stall > 0 {
+			period = min(period, stall/3) // that the queue moves is to be seen in time
+		}
+	}
+	return now.Sub(t.pod.wholeAt) < period
+}
+
+// expectCopies notes that a prompt may be on the pod twice, or may still come there a second time.
+func (t *tracker) expectCopies(now time.Time) {
+	t.pod.copiesUntil = now.Add(max(time.Second, t.timing.Grace))
+	t.lookBy(now)
 }
 
 // looked takes in what a look has found.
