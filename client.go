@@ -300,7 +300,12 @@ func (t Timing) withDefaults() Timing {
 	return t
 }
 
-// Hooks are told what happens. They are called on goroutines that block nothing else; nil ones are skipped.
+// Hooks are told what happens. They are called on goroutines that block nothing else, one call after another; nil ones are skipped.
+//
+// What a hook has not taken yet is kept for it, in bounded memory. Event gets every state change of every job and the newest of what
+// comes between them; but when 32,768 events wait for it, because it hangs or is slower than the jobs for long, the oldest are dropped.
+// The logger (WithLogger) is told when that begins and, with how many were dropped, when Event takes events again: whoever needs
+// every end for sure reads it from [Job.Wait] or the Store. Retry and Health miss the oldest of more than 256.
 type Hooks struct {
 	Event  func(Event)          // every event of every job of the client
 	Retry  func(RetryInfo)      // before every wait

@@ -75,7 +75,7 @@
 //	}
 //
 // [OnEvent] calls a function instead, and [Hooks] see every job of a client. A slow receiver slows nobody: it gets every state change
-// and of the rest the newest. Preview images come only to those who ask, with [WithPreviews]. An [Event] marshals to JSON and back, its error
+// and of the rest the newest; a hook that hangs for long misses the oldest, see [Hooks]. Preview images come only to those who ask, with [WithPreviews]. An [Event] marshals to JSON and back, its error
 // included.
 //
 // The pod's /queue and /history are the truth; the WebSocket is a hint and a feed of progress. Without it (a proxy that refuses

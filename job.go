@@ -397,39 +397,51 @@ func (r *Result) clone() *Result {
 	return &c
 }
 
-// maxQueuedEvents bounds what a slow reader leaves lying; states do not count.
-const maxQueuedEvents = 256
+const (
+	// maxQueuedEvents bounds what a slow reader leaves lying; states do not count.
+	maxQueuedEvents = 256
+	// maxHeldEvents bounds what is kept for a reader that hangs, states too: those of one job are few, those of all jobs never end.
+	maxHeldEvents = 1 << 15
+)
 
 // eventQueue is what one reader has not yet taken. Of a job's progress, previews and stream states the newest is kept; of all that
-// is no state, the newest maxQueuedEvents.
+// is no state, the newest maxQueuedEvents; of all together, the newest maxHeldEvents.
 type eventQueue struct {
 	wake chan struct{}
 
 	mu     sync.Mutex
 	events []Event
 	loose  int // of events: those that are no state
+	lead   int // of events: the first so many are states
+	lost   int // states that were dropped since the reader took what there was
 }
 
 func newEventQueue() *eventQueue { return &eventQueue{wake: make(chan struct{}, 1)} }
 
-func (q *eventQueue) push(evs []Event) {
+func (q *eventQueue) push(evs []Event) { q.hold(evs) }
+
+// hold is push. lost: how many were dropped of what was to be told in any case, if they are the first that the reader misses.
+func (q *eventQueue) hold(evs []Event) (lost int) {
 	q.mu.Lock()
+	missed := q.lost > 0
 	for i := range evs {
 		q.add(evs[i])
+	}
+	if !missed {
+		lost = q.lost
 	}
 	q.mu.Unlock()
 	select {
 	case q.wake <- struct{}{}:
 	default:
 	}
+	return lost
 }
 
 func (q *eventQueue) add(ev Event) {
-	if ev.Kind.state() {
-		q.events = append(q.events, ev)
-		return
-	}
-	if ev.Kind.newestOnly() {
+	switch {
+	case ev.Kind.state():
+	case ev.Kind.newestOnly():
 		// Only what lies behind the last state may be replaced: an event never overtakes a state.
 		for i := len(q.events) - 1; i >= 0 && !q.events[i].Kind.state(); i-- {
 			if q.events[i].Kind == ev.Kind && q.events[i].JobID == ev.JobID {
@@ -438,14 +450,32 @@ func (q *eventQueue) add(ev Event) {
 				break
 			}
 		}
+		fallthrough
+	default:
+		if q.loose >= maxQueuedEvents {
+			for q.events[q.lead].Kind.state() {
+				q.lead++
+			}
+			q.events = slices.Delete(q.events, q.lead, q.lead+1)
+			q.loose--
+		}
+		q.loose++
 	}
-	if q.loose >= maxQueuedEvents {
-		i := slices.IndexFunc(q.events, func(e Event) bool { return !e.Kind.state() })
-		q.events = slices.Delete(q.events, i, i+1)
-		q.loose--
+	if len(q.events) >= maxHeldEvents {
+		q.dropOldest()
 	}
 	q.events = append(q.events, ev)
-	q.loose++
+}
+
+func (q *eventQueue) dropOldest() {
+	if q.events[0].Kind.state() {
+		q.lost++
+	} else {
+		q.loose--
+	}
+	q.events[0] = Event{}
+	q.events = q.events[1:]
+	q.lead = max(0, q.lead-1)
 }
 
 // newestOnly tells whether an event makes an unread one of its kind worthless.
@@ -454,11 +484,17 @@ func (k EventKind) newestOnly() bool {
 }
 
 func (q *eventQueue) take() []Event {
+	evs, _ := q.takeAll()
+	return evs
+}
+
+// takeAll is take. lost: how many states the reader has missed.
+func (q *eventQueue) takeAll() (evs []Event, lost int) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	evs := q.events
-	q.events, q.loose = nil, 0
-	return evs
+	evs, lost = q.events, q.lost
+	q.events, q.loose, q.lead, q.lost = nil, 0, 0, 0
+	return evs, lost
 }
 
 func (q *eventQueue) empty() bool {
@@ -470,8 +506,9 @@ func (q *eventQueue) empty() bool {
 // callback calls a function of the caller's with events, one after another. It has a goroutine only while there is something
 // to tell, so that any number of callbacks costs nothing at rest; nobody waits for it, since the function may hang.
 type callback struct {
-	f func(Event)
-	q *eventQueue
+	f      func(Event)
+	q      *eventQueue
+	missed func(states int, over bool) // told when the function begins to miss some, and when it takes events again; nil: nobody
 
 	mu   sync.Mutex
 	busy bool
@@ -483,7 +520,9 @@ func (c *callback) push(evs []Event) {
 	if len(evs) == 0 {
 		return
 	}
-	c.q.push(evs)
+	if lost := c.q.hold(evs); lost > 0 && c.missed != nil {
+		c.missed(lost, false)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.busy {
@@ -494,7 +533,10 @@ func (c *callback) push(evs []Event) {
 
 func (c *callback) run() {
 	for {
-		evs := c.q.take()
+		evs, lost := c.q.takeAll()
+		if lost > 0 && c.missed != nil {
+			c.missed(lost, true)
+		}
 		if len(evs) == 0 {
 			c.mu.Lock()
 			if c.q.empty() {

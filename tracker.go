@@ -166,9 +166,19 @@ func newTracker(c *PodClient) *tracker {
 	t.gauges.stream.Store(StreamIdle)
 	if f := c.opts.hooks.Event; f != nil {
 		t.hook = newCallback(f)
+		t.hook.missed = t.hookMissed
 	}
 	t.stream = newStream(c.opts.clientID, c.endpoint, c.opts, c.counters, t)
 	return t
+}
+
+// hookMissed says that Hooks.Event has missed events, or does so no longer. While that begins, the lock is held.
+func (t *tracker) hookMissed(events int, over bool) {
+	if !over {
+		t.log(slog.LevelWarn, "comfyui: Hooks.Event does not keep up: the oldest events are dropped", "kept", maxHeldEvents, "dropped", events)
+		return
+	}
+	t.opts.logger.Log(t.ctx, slog.LevelWarn, "comfyui: Hooks.Event takes events again, and has missed some", "dropped", events, "pod", t.opts.name)
 }
 
 // start begins the tracker's goroutines; stop ends them.
