@@ -821,11 +821,16 @@ func (r *reconciler) ask(ctx context.Context, promptID string) (job *wire.Job, t
 		return job, told, nil
 	}
 	r.endpoint.distrustJobs()
-	var failed *Error
-	if errors.As(err, &failed) && failed.StatusCode != 0 {
+	if answered(err) {
 		err = nil
 	}
 	return nil, false, err
+}
+
+// answered tells whether something has answered, the pod or what stands before it.
+func answered(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.StatusCode != 0
 }
 
 // atOnce reads some things, a few at one time, until one of the reads returns false.
@@ -1152,9 +1157,10 @@ func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 func (t *tracker) cancelOnPod(ctx context.Context, promptID string, l *lease) (touched bool, err error) {
 	confirm := func() error { return l.confirm(ctx) }
 	supported, cancelled, err := t.endpoint.cancelJob(ctx, promptID, confirm)
-	if err != nil || supported {
+	if err == nil && supported || err != nil && !answered(err) {
 		return cancelled, err
 	}
+	// The pod lacks the route, or a proxy keeps it to itself.
 	r := &reconciler{endpoint: t.endpoint, started: time.Now(), wanted: []sought{{promptID: promptID}}}
 	r.lookAtQueue(ctx)
 	if r.err != nil {

@@ -249,6 +249,41 @@ func TestS36StrangeJobsRoute(t *testing.T) {
 	}
 }
 
+// TestS31CancelBehindAStrangeJobsRoute: a proxy that keeps /api/jobs to itself keeps nobody from a cancel.
+func TestS31CancelBehindAStrangeJobsRoute(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"empty 404", "page", "other JSON 404", "405", "403"} {
+		for _, running := range []bool{true, false} {
+			t.Run(fmt.Sprint(name, running), func(t *testing.T) {
+				t.Parallel()
+				strange := func(next http.Handler) http.Handler {
+					return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+						if strings.HasPrefix(r.URL.Path, "/api/jobs/") {
+							strangeJobs[name](w, r)
+							return
+						}
+						next.ServeHTTP(w, r)
+					})
+				}
+				bubble(t, func(b *bench) {
+					t := b.t
+					if !running {
+						b.raw("Long", 7)
+					}
+					j, err := b.client().Submit(b.ctx, graphOf(t, "Long", 1))
+					require.NoError(t, err)
+					time.Sleep(5 * time.Second)
+					began := time.Now()
+					require.NoError(t, j.Cancel(b.ctx))
+					_, err = j.Wait(b.ctx)
+					require.ErrorIs(t, err, comfyui.ErrCancelled)
+					assert.Less(t, time.Since(began), 10*time.Second)
+				}, comfyuitest.WithVersion("0.33.0"), proxied(strange))
+			})
+		}
+	}
+}
+
 // TestS12FewJobsBehindALargeQueue: single jobs are asked for, where the pod can do that, and what became of them is noticed as soon.
 func TestS12FewJobsBehindALargeQueue(t *testing.T) {
 	t.Parallel()
