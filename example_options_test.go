@@ -149,12 +149,12 @@ func ExamplePodClient_Health() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	fmt.Println(health.State, health.Version, health.Pending)
+	fmt.Println(health.State, "waiting:", health.Pending)
 	pod.Close()
 	health, err = client.Health(context.Background())
 	fmt.Println(health.State, err)
 	// Output:
-	// ready 0.38.0 0
+	// ready waiting: 0
 	// down <nil>
 }
 
