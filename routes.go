@@ -470,6 +470,7 @@ type endpoint struct {
 	client   *http.Client    // follows no redirect
 	strange  *http.Client    // the same without cookies, for other hosts
 	own      *http.Transport // nil: the caller's
+	tells    bool            // the transport is net/http's, which tells how far a request got
 	life     context.Context
 	end      context.CancelCauseFunc
 
@@ -508,6 +509,7 @@ func newEndpoint(o *options, c *counters) *endpoint {
 			client.Transport = e.own
 		}
 	}
+	_, e.tells = client.Transport.(*http.Transport)
 	e.lines = openLines(client.Transport, o.base.Host)
 	client.Timeout = 0 // it would cut bodies
 	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
@@ -755,6 +757,7 @@ func (e *endpoint) request(l *lifeline, q call, reached *connection) (*http.Requ
 	maps.Copy(req.Header, q.header)
 	if q.body != nil {
 		q.body.moved, q.body.over = l.extend, l.ctx.Done()
+		q.body.told = e.tells && q.body.replays && q.body.size <= atOnce
 		q.body.attach(req)
 	}
 	return req, nil
@@ -1020,8 +1023,9 @@ const (
 
 func (c *connection) trace() *httptrace.ClientTrace {
 	return &httptrace.ClientTrace{
-		GetConn: func(string) { c.seek() },
-		GotConn: c.made,
+		GetConn:      func(string) { c.seek() },
+		GotConn:      c.made,
+		WroteHeaders: c.sending,
 		PutIdleConn: func(err error) {
 			if err == nil {
 				c.leave(true)
@@ -1117,6 +1121,19 @@ func (c *connection) made(info httptrace.GotConnInfo) {
 	if err := info.Conn.SetWriteDeadline(time.Unix(1, 0)); err != nil {
 		_ = info.Conn.Close()
 	}
+}
+
+// sending is called when the transport has the headers in its buffer and reads the body next. One that is left to the transport
+// begins here. Where that is refused the call is over, and with it the connection or, in HTTP/2, the request's part of it.
+func (c *connection) sending() {
+	if c.body == nil || !c.body.told {
+		return
+	}
+	if err := c.body.begin(); err != nil {
+		c.line.cancel(err)
+		return
+	}
+	c.line.extend()
 }
 
 // unsent marks the error of a request that cannot have reached the pod.
@@ -1356,6 +1373,7 @@ type outgoing struct {
 	confirm     func() error     // nil: nobody asks
 	moved       func()           // called when some of it went out
 	over        <-chan struct{}  // closed when the call has ended
+	told        bool             // the transport reads it by itself, and tells before: connection.sending
 
 	mu      sync.Mutex
 	sealed  bool
@@ -1374,11 +1392,19 @@ func jsonBody(data []byte, confirm func() error) *outgoing {
 	}
 }
 
+// atOnce is the size up to which a body is as good as sent when the transport begins to write it: the system takes it whole.
+const atOnce = 16 << 10
+
 func (o *outgoing) attach(req *http.Request) {
 	req.Header.Set("Content-Type", o.contentType)
 	req.ContentLength = o.size
 	if o.size == 0 {
 		req.Body = http.NoBody
+		return
+	}
+	if o.told { // before a body whose reader it does not know the transport sends the headers, in a packet of their own
+		req.Body = io.NopCloser(o.open())
+		req.GetBody = func() (io.ReadCloser, error) { return io.NopCloser(o.open()), nil }
 		return
 	}
 	req.Body = &outgoingReader{o: o, from: o.open()}

@@ -1896,6 +1896,50 @@ func TestSealedBodySendsNothing(t *testing.T) {
 	assert.False(t, left)
 }
 
+// The pod need not wait for a short body: the transport sends it with its headers, which it does for no reader of ours.
+func TestShortBodyTravelsWithItsHeaders(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		_, _ = io.WriteString(w, `{"prompt_id":"p","number":1,"node_errors":{}}`)
+	}))
+	t.Cleanup(server.Close)
+	var mu sync.Mutex
+	var writes [][]byte
+	transport := &http.Transport{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		conn, err := new(net.Dialer).DialContext(ctx, network, addr)
+		return &writeConn{conn, func(p []byte) {
+			mu.Lock()
+			defer mu.Unlock()
+			writes = append(writes, bytes.Clone(p))
+		}}, err
+	}}
+	t.Cleanup(transport.CloseIdleConnections)
+	c := clientOf(t, server.URL, WithHTTPClient(&http.Client{Transport: transport}))
+	asked := 0
+	body := bytes.Repeat([]byte("x"), 1<<10)
+	_, outcome, err := c.endpoint.postPrompt(t.Context(), body, func() error { asked++; return nil })
+	require.NoError(t, err)
+	assert.Equal(t, postAccepted, outcome)
+	assert.Equal(t, 1, asked)
+	mu.Lock()
+	defer mu.Unlock()
+	require.Len(t, writes, 1)
+	assert.True(t, bytes.HasPrefix(writes[0], []byte("POST /prompt ")))
+	assert.True(t, bytes.HasSuffix(writes[0], body))
+}
+
+// writeConn shows what is written to it.
+type writeConn struct {
+	net.Conn
+	show func(p []byte)
+}
+
+func (c *writeConn) Write(p []byte) (int, error) {
+	c.show(p)
+	return c.Conn.Write(p)
+}
+
 // A RoundTripper that tells nothing of its connections, and fails, leaves it open what left.
 // A RoundTripper need not fill in what net/http's own does.
 func TestRoundTripperThatAnswersLittle(t *testing.T) {
