@@ -279,7 +279,7 @@ func TestS37FollowerOfAClosedStore(t *testing.T) {
 		time.Sleep(time.Minute)
 		failed := c.Stats().StoreErrors
 		assert.Positive(b.t, failed)
-		assert.LessOrEqual(b.t, failed, int64(62))
+		assert.LessOrEqual(b.t, failed, int64(65))
 		require.NoError(b.t, c.Close())
 		_, err := j.Wait(b.ctx)
 		require.ErrorIs(b.t, err, comfyui.ErrClosed)
@@ -598,7 +598,7 @@ func TestFollowersRoundTripsToRedis(t *testing.T) {
 			}
 			c := b.client(comfyui.WithStore(store))
 			b.followed(c, newRedisStore(b.t, server.client(b.t, nil), onePrefix), jobs)
-			time.Sleep(5 * time.Second)
+			time.Sleep(5500 * time.Millisecond) // between two looks
 			count.Store(0)
 			time.Sleep(seconds * time.Second)
 			trips[watched] = count.Load()
