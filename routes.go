@@ -757,7 +757,7 @@ func (e *endpoint) request(l *lifeline, q call, reached *connection) (*http.Requ
 	maps.Copy(req.Header, q.header)
 	if q.body != nil {
 		q.body.moved, q.body.over = l.extend, l.ctx.Done()
-		q.body.told = e.tells && q.body.replays && q.body.size <= atOnce
+		q.body.told = e.tells && q.body.replays && q.body.size <= wholeBody
 		q.body.attach(req)
 	}
 	return req, nil
@@ -1392,8 +1392,8 @@ func jsonBody(data []byte, confirm func() error) *outgoing {
 	}
 }
 
-// atOnce is the size up to which a body is as good as sent when the transport begins to write it: the system takes it whole.
-const atOnce = 16 << 10
+// wholeBody is the size up to which a body is as good as sent when the transport begins to write it: the system takes it whole.
+const wholeBody = 16 << 10
 
 func (o *outgoing) attach(req *http.Request) {
 	req.Header.Set("Content-Type", o.contentType)
