@@ -119,7 +119,11 @@ func (e *Error) describe(outer *Error) string {
 			parts = append(parts, cause.describe(e))
 		}
 	default:
-		parts = append(parts, strings.TrimPrefix(cause.Error(), "comfyui: "))
+		text := strings.TrimPrefix(cause.Error(), "comfyui: ")
+		if last := len(parts) - 1; last >= 0 && parts[last] == kind && strings.HasPrefix(text+" ", kind+" ") {
+			parts = parts[:last] // "interrupted by someone else" names its category
+		}
+		parts = append(parts, text)
 	}
 	return strings.Join(slices.DeleteFunc(parts, func(s string) bool { return s == "" }), ": ")
 }

@@ -123,6 +123,9 @@ func TestErrorText(t *testing.T) {
 			&Error{Op: "execute", Pod: "p", Category: CategoryStorage, Err: &Error{Op: "create", Category: CategoryStorage, Err: errors.New("comfyui: no")}},
 			"comfyui: execute: pod p: storage: create: no",
 		},
+		{&Error{Op: "wait", Category: CategoryCancelled, Err: ErrCancelled}, "comfyui: wait: cancelled"},
+		{&Error{Op: "wait", Category: CategoryInterrupted, Err: ErrInterrupted}, "comfyui: wait: interrupted by someone else"},
+		{&Error{Op: "wait", Category: CategoryTimeout, Err: errors.New("timeouts")}, "comfyui: wait: timeout: timeouts"},
 		{&Error{}, "comfyui: unknown"},
 		{nil, "<nil>"},
 		{
