@@ -296,4 +296,5 @@ func moveSlot(ctx context.Context, t *testing.T, nodes []*redisServer, key strin
 	for _, i := range []int{to, from} {
 		require.NoError(t, clients[i].Do(ctx, "cluster", "setslot", slot, "node", names[to]).Err())
 	}
+	clusterAgrees(ctx, t, nodes)
 }

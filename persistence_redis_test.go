@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -136,6 +137,7 @@ func startRedisCluster(t testing.TB, args ...string) []*redisServer {
 	ctx := t.Context()
 	for i, node := range nodes {
 		client := node.client(t, nil)
+		require.NoError(t, client.Do(ctx, "cluster", "set-config-epoch", i+1).Err())
 		require.NoError(t, client.ClusterAddSlotsRange(ctx, i*slots/3, (i+1)*slots/3-1).Err())
 		host, port, _ := net.SplitHostPort(nodes[0].addr)
 		require.NoError(t, client.ClusterMeet(ctx, host, port).Err())
@@ -147,7 +149,32 @@ func startRedisCluster(t testing.TB, args ...string) []*redisServer {
 			return err == nil && strings.Contains(info, "cluster_state:ok") && strings.Contains(info, "cluster_known_nodes:3")
 		}, time.Minute, 20*time.Millisecond, "the cluster does not form")
 	}
+	clusterAgrees(ctx, t, nodes)
 	return nodes
+}
+
+// clusterAgrees waits until all nodes have the same to say of who has which slots since which epoch. A node that takes a slot before it has
+// heard of the newest epoch loses it again, and then two nodes name each other.
+func clusterAgrees(ctx context.Context, t testing.TB, nodes []*redisServer) {
+	t.Helper()
+	var clients []*redis.Client
+	for _, node := range nodes {
+		clients = append(clients, node.client(t, nil))
+	}
+	view := func(node *redis.Client) string {
+		text, err := node.ClusterNodes(ctx).Result()
+		require.NoError(t, err)
+		var lines []string
+		for line := range strings.Lines(text) {
+			fields := strings.Fields(line) // id, address, flags, master, ping, pong, epoch, state, slots…
+			lines = append(lines, fmt.Sprint(fields[0], fields[6], fields[8:]))
+		}
+		slices.Sort(lines)
+		return strings.Join(lines, "\n")
+	}
+	require.Eventually(t, func() bool {
+		return !slices.ContainsFunc(clients[1:], func(node *redis.Client) bool { return view(node) != view(clients[0]) })
+	}, time.Minute, 20*time.Millisecond, "the nodes do not agree")
 }
 
 func clusterClient(t testing.TB, nodes []*redisServer, o redis.ClusterOptions) *redis.ClusterClient {
