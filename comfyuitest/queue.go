@@ -17,7 +17,7 @@ type item struct {
 	outputs   []string
 	sensitive object // secrets that newer servers keep apart
 	client    client
-	shown     encoded // the item as /queue shows it: listings can have thousands
+	shown     func() encoded // the item as /queue shows it, encoded once: listings can have thousands
 }
 
 // client is a job's client_id: none, or the sid of the socket that hears of the job.

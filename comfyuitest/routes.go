@@ -404,7 +404,7 @@ func (p *process) getQueue(*request) *answer {
 	tuples := func(items []*item) []any {
 		list := make([]any, len(items))
 		for i, it := range items {
-			list[i] = it.shown
+			list[i] = it.shown()
 		}
 		return list
 	}

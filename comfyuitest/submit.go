@@ -4,6 +4,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/google/uuid"
@@ -61,7 +62,7 @@ func (p *process) postPrompt(r *request) *answer {
 	if !it.setExtra(p.version, extra) {
 		return troubleAnswer()
 	}
-	it.shown = pyJSON(it.tuple(it.extra))
+	it.shown = sync.OnceValue(func() encoded { return pyJSON(it.tuple(it.extra)) })
 	p.pod.book.queued(id, clientID, rawMembers(sentExtra), sentGraph)
 	if err := p.queue.put(it); err != nil {
 		return troubleAnswer() // and it is queued all the same
