@@ -762,8 +762,20 @@ func (r *reconciler) run(ctx context.Context) {
 	if r.err == nil {
 		r.lookAtHistory(ctx)
 	}
-	if r.err == nil && (r.fingerprint || r.breaks > r.proven) {
+	if r.err != nil {
+		r.doubtAbsent()
+	} else if r.fingerprint || r.breaks > r.proven {
 		r.takeFingerprint(ctx)
+	}
+}
+
+// doubtAbsent is for a look that was not made to its end: what it has not found may be where it has not looked.
+func (r *reconciler) doubtAbsent() {
+	for id, s := range r.spots {
+		if s.place == placeAbsent {
+			s.place = placeUnknown
+			r.spots[id] = s
+		}
 	}
 }
 

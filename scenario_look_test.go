@@ -479,3 +479,67 @@ func TestS29AnotherVersionBehindALargeQueue(t *testing.T) {
 		})
 	}
 }
+
+// deaf is a node that hears no interrupt: its job succeeds, whoever cancels it.
+var deaf = comfyuitest.WithNode("Deaf", comfyuitest.Node{Output: true, Run: func(_ context.Context, c *comfyuitest.Call) error {
+	time.Sleep(8 * time.Second)
+	c.Save("images", "output", "deaf.png", []byte("an image"))
+	return nil
+}})
+
+// TestS31CancelWhileLooksFail: a look that fails does not say that the pod has a job no more. One that is being cancelled would be taken
+// for gone, while it runs to its end.
+func TestS31CancelWhileLooksFail(t *testing.T) {
+	t.Parallel()
+	drop := func(route string) comfyuitest.Fault {
+		return comfyuitest.Fault{Route: route, Effect: comfyuitest.Drop, Times: -1}
+	}
+	for name, faults := range map[string][]comfyuitest.Fault{
+		"the job cannot be asked for": {drop("GET /jobs")},
+		"nor does the queue tell":     {{Route: "GET /jobs", Status: http.StatusForbidden, Times: -1}, drop("GET /queue")},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				b.pod.RefuseStreams(http.StatusForbidden)
+				j, err := b.client().Submit(b.ctx, graphOf(b.t, "Deaf", 1))
+				require.NoError(b.t, err)
+				b.backlog()
+				time.Sleep(3500 * time.Millisecond) // the queue is known to be large
+				for _, f := range faults {
+					heal := b.pod.Inject(f)
+					time.AfterFunc(2*time.Second, heal)
+				}
+				require.NoError(b.t, j.Cancel(b.ctx))
+				r, err := j.Wait(b.ctx)
+				succeeded(b.t, r, err)
+			}, deaf, comfyuitest.WithVersion("0.33.0"), comfyuitest.WithNode("Hour", comfyuitest.Steps(3600, time.Second)))
+		})
+	}
+}
+
+// TestS31CancelWhileTheHistoryFails: what is not in the queue may be in the part of the history that could not be read.
+func TestS31CancelWhileTheHistoryFails(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		b.pod.RefuseStreams(http.StatusForbidden)
+		heal := b.pod.Inject(comfyuitest.Fault{Route: "GET /history", Effect: comfyuitest.Drop, Times: -1})
+		c := b.client()
+		var jobs []*comfyui.Job
+		for i, class := range []string{"Work", "Work", "Work", "Deaf"} {
+			j, err := c.Submit(b.ctx, graphOf(b.t, class, i))
+			require.NoError(b.t, err)
+			jobs = append(jobs, j)
+		}
+		time.Sleep(8 * time.Second) // the last one runs
+		var cancel sync.WaitGroup
+		cancel.Go(func() { assert.NoError(b.t, jobs[3].Cancel(b.ctx)) })
+		time.Sleep(time.Minute)
+		heal()
+		cancel.Wait()
+		for _, j := range jobs {
+			r, err := j.Wait(b.ctx)
+			succeeded(b.t, r, err)
+		}
+	}, deaf)
+}
