@@ -163,6 +163,8 @@ func newOrphans(b *testing.B, jobs int) *orphans {
 		})
 	}
 	makers.Wait()
+	// Close has no time for thousands of records. One that does not tell that the pod has the job costs its heir a read of the whole queue.
+	require.Eventually(b, func() bool { return former.Stats().StorePending == 0 }, time.Minute, time.Millisecond)
 	require.NoError(b, former.Close())
 	return o
 }
