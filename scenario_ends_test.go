@@ -371,6 +371,36 @@ var removals = map[string]func(b *bench, promptID string){
 
 // A prompt that somebody takes off the queue looks like one that a restart took, but for the process, which is the same: also
 // when the pod's history is empty, and for a client without a stream.
+// Whether the process is the same cannot be told while the list of the history cannot be read: it is asked for again, not without end.
+func TestS28RemovedWhileTheHistoryCannotBeListed(t *testing.T) {
+	t.Parallel()
+	var broken atomic.Bool
+	bubble(t, func(b *bench) {
+		_, err := b.bystander().Submit(b.ctx, graphOf(t, "Long", 1))
+		require.NoError(t, err)
+		j, err := b.client().Submit(b.ctx, graphOf(t, "Work", 1))
+		require.NoError(t, err)
+		time.Sleep(5 * time.Second)
+		broken.Store(true)
+		b.pod.CutStreams(comfyuitest.CutReset) // what is known of the process is looked at anew
+		b.send("POST", "/queue", fmt.Sprintf(`{"delete":[%q]}`, j.PromptID()))
+		before := b.pod.Requests("GET /queue")
+		time.Sleep(40 * time.Second)
+		assert.LessOrEqual(t, b.pod.Requests("GET /queue")-before, 100)
+		broken.Store(false)
+		_, err = j.Wait(b.ctx)
+		require.ErrorIs(t, err, comfyui.ErrRemoved)
+	}, comfyuitest.WithHandler(func(pod http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if broken.Load() && r.URL.Query().Has("max_items") {
+				http.Error(w, "no", http.StatusNotImplemented) // which is not tried again
+				return
+			}
+			pod.ServeHTTP(w, r)
+		})
+	}))
+}
+
 func TestS28RemovedBySomeoneElse(t *testing.T) {
 	t.Parallel()
 	for way, remove := range removals {

@@ -1734,11 +1734,10 @@ func (t *tracker) notFound(j *tracked, looked, now time.Time) {
 
 func (t *tracker) absentDue(j *tracked, now time.Time) {
 	if !j.absent.since.IsZero() && !j.absent.busy {
-		again := j.absent.since.Add(max(0, t.timing.Grace))
-		if now.Before(again) {
+		if again := j.absent.since.Add(max(0, t.timing.Grace)); now.Before(again) {
 			j.at(again)
+			t.lookBy(again)
 		}
-		t.lookBy(again)
 	}
 }
 
@@ -1764,6 +1763,7 @@ func (t *tracker) vanished(jobID, promptID string, r *reconciler) {
 	j.absent.busy = false
 	if r.err != nil {
 		t.noContact(r.err, now)
+		t.lookBy(now.Add(max(t.timing.Poll, time.Second))) // not at once: what fails at once would be asked without end
 		t.advance(j, now)
 		return
 	}
