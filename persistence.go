@@ -1893,15 +1893,16 @@ func (s *RedisStore) announce(jobID string, to versionSink) (stop func(ctx conte
 	channel := s.channel(jobID)
 	s.watching.Lock()
 	defer s.watching.Unlock()
-	if s.feed == nil {
+	feed := s.feed
+	if feed == nil {
 		ctx, stop := context.WithCancel(context.Background())
-		s.feed = &redisFeed{
+		feed = &redisFeed{
 			store: s, stop: stop, done: make(chan struct{}), changed: make(chan struct{}, 1),
 			watches: map[string][]versionSink{}, touched: map[string]struct{}{}, live: map[string]bool{},
 		}
-		go s.feed.run(ctx)
+		s.feed = feed
+		defer func() { go feed.run(ctx) }() // with something to subscribe to
 	}
-	feed := s.feed
 	feed.add(channel, to)
 	return func(ctx context.Context) { s.leave(ctx, feed, channel, to) }
 }
@@ -1984,7 +1985,8 @@ func (f *redisFeed) subscribe(ctx context.Context) (heard bool) {
 
 	subscribed := map[string]bool{}
 	f.touchAll()
-	if err := f.adjust(ctx, sub, subscribed); err != nil {
+	// Without a subscription the reader would make the connection, under a lock of go-redis that adjust cannot wait for with a bound.
+	if err := f.adjust(ctx, sub, subscribed); err != nil || len(subscribed) == 0 {
 		return false
 	}
 	failed, signs := make(chan struct{}), make(chan struct{}, 1)
