@@ -1093,8 +1093,11 @@ func TestSoakReliability(t *testing.T) { //nolint:paralleltest // it counts goro
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	_ = waitFor(ctx, func() bool { return runtime.NumGoroutine() <= before.goroutines }) // the last may still be ending
-	after := resourcesNow(t)
+	var after resources
+	_ = waitFor(ctx, func() bool { // the last may still be ending, and the stream be dialling
+		after = resourcesNow(t)
+		return after.goroutines <= before.goroutines && after.descriptors <= before.descriptors
+	})
 	t.Log(sum.line(names...))
 	t.Logf("goroutines %d and %d, descriptors %d and %d, heap %d KiB and %d KiB", before.goroutines, after.goroutines, before.descriptors, after.descriptors, before.heap>>10, after.heap>>10)
 	assert.LessOrEqual(t, after.goroutines, before.goroutines)
