@@ -431,10 +431,7 @@ func (q *eventQueue) hold(evs []Event) (lost int) {
 		lost = q.lost
 	}
 	q.mu.Unlock()
-	select {
-	case q.wake <- struct{}{}:
-	default:
-	}
+	signal(q.wake)
 	return lost
 }
 

@@ -1888,7 +1888,7 @@ type redisFeed struct {
 	live    map[string]bool          // channels whose notifications come
 }
 
-// announce implements announcer. stop waits no longer than a call may take, whatever ctx says.
+// announce implements announcer. stop waits no longer than ctx, and no longer than a call may take.
 func (s *RedisStore) announce(jobID string, to versionSink) (stop func(ctx context.Context)) {
 	channel := s.channel(jobID)
 	s.watching.Lock()

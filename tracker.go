@@ -462,7 +462,7 @@ type followState struct {
 	heard bool // a version was told since that began
 	at    time.Time
 	lease time.Time // as last seen, on the store's clock
-	since time.Time // on ours: not later than that was written, but for the first
+	since time.Time // on ours: when the record was read before that was written, but for the first
 	read  time.Time // when the record was last read
 
 	missedSince time.Time // the store does not have the record since then; zero: it has
