@@ -323,7 +323,7 @@ func TestRedisStoreUnderSentinel(t *testing.T) {
 	t.Parallel()
 	master := startRedis(t)
 	host, port, _ := net.SplitHostPort(master.addr)
-	replica := startRedis(t, "--replicaof", host+" "+port, "--repl-diskless-sync-delay", "0")
+	replica := startRedis(t, "--replicaof", host, port, "--repl-diskless-sync-delay", "0")
 	config := filepath.Join(t.TempDir(), "sentinel.conf")
 	require.NoError(t, os.WriteFile(config, []byte("sentinel monitor jobs "+host+" "+port+" 1\nsentinel down-after-milliseconds jobs 500\nsentinel failover-timeout jobs 2000\n"), 0o600))
 	sentinel := startRedisWith(t, func(port string) []string {
