@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -257,19 +258,46 @@ func TestRedisStoreConformsOnMiniredisInVirtualTime(t *testing.T) {
 	})
 }
 
+// addWorker gives the servers a user with the rights that docs/recovery.md names, and no others: what a store does on a real server it does
+// as that user.
+func addWorker(t *testing.T, servers []*redisServer, cluster bool) (user, password string) {
+	t.Helper()
+	// The rights in a block, what it takes to connect, and what a cluster takes besides.
+	said := regexp.MustCompile("(?s)\\*\\*ACL\\*\\*.*?```text\n(.*?)\n```.*?`(.*?)`.*?`(.*?)`").FindStringSubmatch(readText(t, "docs/recovery.md"))
+	require.Len(t, said, 4)
+	rights := said[1] + " " + said[2]
+	if cluster {
+		rights += " " + said[3]
+	}
+	user, password = "worker", "secret"
+	rule := []any{"acl", "setuser", user, "reset", "on", ">" + password}
+	for _, right := range strings.Fields(rights) {
+		rule = append(rule, strings.Replace(right, "{comfyui:", "{test-", 1))
+	}
+	for _, server := range servers {
+		require.NoError(t, server.client(t, nil).Do(t.Context(), rule...).Err())
+		worker := server.client(t, func(o *redis.Options) { o.Username, o.Password = user, password })
+		require.ErrorContains(t, worker.Get(t.Context(), "else").Err(), "NOPERM")
+	}
+	return user, password
+}
+
 func TestRedisStoreConformsOnARealServer(t *testing.T) {
 	t.Parallel()
-	client := startRedis(t).client(t, nil)
+	server := startRedis(t)
+	user, password := addWorker(t, []*redisServer{server}, false)
+	client := server.client(t, func(o *redis.Options) { o.Username, o.Password = user, password })
 	storetest.Run(t, func(t *testing.T) comfyui.Store { return newRedisStore(t, client) }, nil)
 }
 
 func TestRedisStoreConformsOnACluster(t *testing.T) {
 	t.Parallel()
 	nodes := startRedisCluster(t)
+	user, password := addWorker(t, nodes, true)
 	for name, options := range map[string]redis.ClusterOptions{
-		"masters": {},
+		"masters": {Username: user, Password: password},
 		// There are none here, but the store must read as if there were.
-		"and replicas": {RouteRandomly: true},
+		"and replicas": {Username: user, Password: password, RouteRandomly: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
