@@ -2,6 +2,7 @@ package comfyui
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -578,6 +579,8 @@ func (s *submission) lookOnce(ctx context.Context) (submitted, error) {
 				client = s.rec.ClientID
 			}
 			return submitted{accepted: true, attempt: spot.attempt, promptID: spot.promptID, clientID: client, number: spot.number}, nil
+		} else if spot.place == placeUnread {
+			r.err = cmp.Or(r.err, spot.err)
 		}
 	}
 	return submitted{}, r.err
@@ -694,6 +697,7 @@ type place int
 
 const (
 	placeUnknown place = iota // the pod did not say
+	placeUnread               // not in the queue, and the pod cannot give its history entry
 	placeAbsent
 	placePending
 	placeRunning
@@ -711,6 +715,7 @@ type spot struct {
 	copies   int    // of it in the queue
 	stray    string // another pending prompt of the same attempt
 	entry    *wire.HistoryEntry
+	err      error // of placeUnread
 }
 
 // reconciler is one look at the pod: its queue first and then, for what is not there, its history. The other way round a job
@@ -739,7 +744,7 @@ type reconciler struct {
 
 // evidence is what the history says of the process.
 type evidence struct {
-	taken  bool
+	taken  bool // all was read that it takes
 	oldest string
 	same   bool // a witness is still there
 	gone   bool // there were witnesses, and none of them is
@@ -843,6 +848,13 @@ func (r *reconciler) ask(ctx context.Context, promptID string) (job *wire.Job, t
 func answered(err error) bool {
 	var e *Error
 	return errors.As(err, &e) && e.StatusCode != 0
+}
+
+// unreadable tells whether the pod has answered, and cannot give what was asked for: a server stumbles over a history entry that is no
+// JSON, or a proxy keeps the route to itself.
+func unreadable(err error) bool {
+	c := CategoryOf(err)
+	return (c == CategoryProtocol || c == CategoryAuth) && answered(err)
 }
 
 // atOnce reads some things, a few at one time, until one of the reads returns false.
@@ -950,6 +962,8 @@ func (r *reconciler) lookAtHistory(ctx context.Context) {
 func (r *reconciler) tookEntry(id string, entry *wire.HistoryEntry, err error) {
 	s := r.spots[id]
 	switch {
+	case err != nil && unreadable(err): // it says nothing of the other jobs
+		s.place, s.err = placeUnread, err
 	case err != nil:
 		r.err = err
 		s.place = placeUnknown
@@ -988,13 +1002,17 @@ func (r *reconciler) searchMarkers(ctx context.Context) {
 // takeFingerprint looks for the witnesses: entries do not vanish from the history while a process lives, but for the oldest of ten
 // thousand and what somebody deletes.
 func (r *reconciler) takeFingerprint(ctx context.Context) {
+	e := evidence{taken: true, same: r.evidence.same}
 	entry, err := r.endpoint.oldestHistory(ctx)
-	if err != nil {
+	switch {
+	case err != nil && !unreadable(err):
 		r.err = err
 		return
-	}
-	e := evidence{taken: true, empty: entry == nil, same: r.evidence.same}
-	if entry != nil {
+	case err != nil:
+		e.taken = false
+	case entry == nil:
+		e.empty = true
+	default:
 		e.oldest = entry.PromptID
 		e.same = e.same || slices.Contains(r.witnesses, e.oldest)
 	}
@@ -1003,13 +1021,18 @@ func (r *reconciler) takeFingerprint(ctx context.Context) {
 			break
 		}
 		found, err := r.endpoint.history(ctx, id)
-		if err != nil {
+		switch {
+		case err != nil && !unreadable(err):
 			r.err = err
 			return
+		case err != nil:
+			e.taken = false
+		default:
+			e.same = found != nil
 		}
-		e.same = found != nil
 	}
-	e.gone = r.whole && len(r.witnesses) > 0 && !e.same
+	e.taken = e.taken || e.same // a witness that could not be read is none that is gone
+	e.gone = e.taken && r.whole && len(r.witnesses) > 0 && !e.same
 	r.evidence = e
 }
 

@@ -1068,3 +1068,54 @@ func TestS30HistoryEvicted(t *testing.T) {
 		}
 	}, echo, comfyuitest.WithHistorySize(1))
 }
+
+// The pod cannot give a history entry: an output in it is no JSON, say, or a proxy keeps the route to itself. It is no sign that the
+// pod is away: the job ends by what the stream has told or, without that, unknown, and the jobs beside it go on.
+func TestS30HistoryThatCannotBeRead(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		all    bool // of the history, not only this entry
+		status int
+	}{
+		"one entry":            {status: http.StatusInternalServerError},
+		"all of it":            {all: true, status: http.StatusInternalServerError},
+		"all of it, forbidden": {all: true, status: http.StatusForbidden},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, l line) {
+				c := b.client()
+				j, err := c.Submit(b.ctx, graphOf(t, "Work", 1))
+				require.NoError(t, err)
+				long, err := c.Submit(b.ctx, graphOf(t, "Hour", 2))
+				require.NoError(t, err)
+				route := "GET /history"
+				if !tc.all {
+					route += "/" + j.PromptID()
+				}
+				heal := b.pod.Inject(comfyuitest.Fault{
+					Route: route, Times: -1, Status: tc.status, Body: "500 Internal Server Error\n\nServer got itself in trouble",
+				})
+				start := time.Now()
+				r, err := j.Wait(b.ctx)
+				if l == streaming {
+					succeeded(t, r, err)
+					assert.Len(t, r.Outputs, 1)
+					assert.Empty(t, r.Warnings)
+					assert.Less(t, time.Since(start), 20*time.Second)
+				} else {
+					require.ErrorIs(t, err, comfyui.ErrOutcomeUnknown)
+					assert.ErrorContains(t, err, fmt.Sprintf("HTTP %d", tc.status), "the cause")
+					assert.Less(t, time.Since(start), 2*time.Minute)
+				}
+				time.Sleep(12 * time.Minute) // longer than Gone
+				heal()
+				r, err = long.Wait(b.ctx)
+				succeeded(t, r, err)
+				for _, p := range b.pod.Prompts() {
+					b.untouched(p.ID)
+				}
+			}, comfyuitest.WithNode("Hour", comfyuitest.Steps(200, 5*time.Second)))
+		})
+	}
+}

@@ -449,8 +449,8 @@ type settleState struct {
 }
 
 type absentState struct {
-	since time.Time
-	busy  bool // evidence is being gathered
+	again time.Time // it is looked for once more then; zero: it is not missed
+	busy  bool      // evidence is being gathered
 }
 
 // followState is how a follower learns what another owner does.
@@ -1569,6 +1569,8 @@ func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
 		t.historyRead(j, at.entry, now)
 	case placeAbsent:
 		t.notFound(j, r.started, now)
+	case placeUnread:
+		t.unread(j, at.err, r.started, now)
 	}
 }
 
@@ -1578,13 +1580,13 @@ func (t *tracker) onSight(j *tracked, at time.Time, incarnation int) {
 		j.seenAt = at
 	}
 	j.incarnation = max(j.incarnation, incarnation)
-	j.sighted, j.hearsay, j.absent.since = true, false, time.Time{}
+	j.sighted, j.hearsay, j.absent.again = true, false, time.Time{}
 }
 
 // historyRead takes in the history entry of a job.
 func (t *tracker) historyRead(j *tracked, entry *wire.HistoryEntry, now time.Time) {
 	t.pod.ended = entry.PromptID
-	j.absent.since = time.Time{}
+	j.absent.again = time.Time{}
 	j.left = true
 	if j.awaitsReply(now) && mayLack(j.rec.Workflow, entry) {
 		j.settle.entry = entry
@@ -1671,11 +1673,11 @@ func (t *tracker) settled(jobID, promptID string, entry *wire.HistoryEntry, err 
 	}
 	j.settle.busy = false
 	j.settle.tries++
-	switch {
-	case err != nil:
-		t.noContact(err, now)
-	default:
+	told := err == nil || unreadable(err)
+	if told {
 		t.contact(now)
+	} else {
+		t.noContact(err, now)
 	}
 	switch {
 	case entry != nil:
@@ -1685,7 +1687,7 @@ func (t *tracker) settled(jobID, promptID string, entry *wire.HistoryEntry, err 
 		// node:null without a terminal frame: frames were missed.
 		j.settle.at = time.Time{}
 		t.lookBy(now)
-	case err == nil && !now.Before(j.settle.by) || t.gone(now):
+	case told && !now.Before(j.settle.by) || t.gone(now):
 		j.settle.at = time.Time{}
 		t.warnOfGap(j, now)
 		t.observe(j, obsSettled{}, now)
@@ -1701,7 +1703,7 @@ func (t *tracker) warnOfGap(j *tracked, now time.Time) {
 	if t.unbrokenSince(j.acceptedAt) || j.attempt.ended == nil || j.attempt.ended.Type != wire.ExecutionSuccess {
 		return
 	}
-	w := j.failure(CategoryUnknown, errors.New("the pod's history was gone before it was read, and the stream had a gap: outputs may be missing"))
+	w := j.failure(CategoryUnknown, errors.New("the pod's history was gone, or could not be read, and the stream had a gap: outputs may be missing"))
 	t.observe(j, obsWarning{w}, now)
 }
 
@@ -1721,23 +1723,40 @@ func (t *tracker) notFound(j *tracked, looked, now time.Time) {
 		t.observe(j, obsVanished{j.failure(CategoryCancelled, ErrCancelled)}, now)
 		return
 	}
-	if j.absent.since.IsZero() {
-		j.absent.since = looked
-		t.lookBy(looked.Add(max(0, t.timing.Grace)))
+	if t.missed(j, max(0, t.timing.Grace), looked) {
+		t.gatherEvidence(j)
+	}
+}
+
+// unreadFor is how long a history entry that the pod cannot give is asked for.
+const unreadFor = time.Minute
+
+// unread takes in that the pod had the job no more in its queue when the look began, and cannot give its history entry: the stream has
+// the word or, where it has not told the end, nobody.
+func (t *tracker) unread(j *tracked, cause error, looked, now time.Time) {
+	if looked.Before(j.seenAt) || j.absent.busy {
 		return
 	}
-	if looked.Sub(j.absent.since) < t.timing.Grace {
-		return
+	j.left = true
+	if !j.leaving && j.attempt.ended == nil && t.missed(j, unreadFor, looked) {
+		t.observe(j, obsVerdict{j.failure(CategoryUnknown, errors.Join(ErrOutcomeUnknown, cause))}, now)
 	}
-	t.gatherEvidence(j)
+}
+
+// missed tells whether a job is missed since so long. The first time it has the pod looked at again.
+func (t *tracker) missed(j *tracked, patience time.Duration, looked time.Time) bool {
+	if j.absent.again.IsZero() {
+		j.absent.again = looked.Add(patience)
+		t.lookBy(j.absent.again)
+		return false
+	}
+	return !looked.Before(j.absent.again)
 }
 
 func (t *tracker) absentDue(j *tracked, now time.Time) {
-	if !j.absent.since.IsZero() && !j.absent.busy {
-		if again := j.absent.since.Add(max(0, t.timing.Grace)); now.Before(again) {
-			j.at(again)
-			t.lookBy(again)
-		}
+	if again := j.absent.again; !j.absent.busy && now.Before(again) {
+		j.at(again)
+		t.lookBy(again)
 	}
 }
 
@@ -1769,7 +1788,7 @@ func (t *tracker) vanished(jobID, promptID string, r *reconciler) {
 	}
 	t.contact(now)
 	t.tookLook(r, now)
-	if j.absent.since.IsZero() || j.attempt.ended != nil { // it was heard of meanwhile
+	if j.absent.again.IsZero() || j.attempt.ended != nil { // it was heard of meanwhile
 		t.advance(j, now)
 		return
 	}
