@@ -190,9 +190,10 @@ func (t *tracker) pump() {
 func (t *tracker) post(j *tracked) {
 	now := time.Now()
 	j.rec.AttemptAt = now
-	patience, enough := context.WithCancelCause(t.ctx)
+	work, cut := context.WithCancel(t.ctx)
+	patience, enough := context.WithCancelCause(work)
 	found := make(chan struct{})
-	j.posting.busy, j.posting.enough, j.posting.found = true, enough, found
+	j.posting.busy, j.posting.cut, j.posting.enough, j.posting.found = true, cut, enough, found
 	rec := j.rec // what it refers to is replaced, never changed
 	s := &submission{
 		t: t, rec: &rec, look: j.look, free: j.rec.Failure != nil && j.rec.Failure.Category == CategoryOutOfMemory,
@@ -211,8 +212,8 @@ func (t *tracker) post(j *tracked) {
 	}
 	id, attempt := j.rec.JobID, j.rec.Attempt
 	t.prompts.open.Add(1)
-	t.posting.do(func(ctx context.Context) func() {
-		result := s.run(ctx)
+	t.posting.do(func(context.Context) func() {
+		result := s.run(work)
 		return func() { t.submitted(id, attempt, j, result) }
 	})
 }
@@ -244,8 +245,8 @@ func (t *tracker) submitted(jobID string, attempt int, j *tracked, r submitted) 
 		}
 		t.pump()
 	}()
-	j.posting.enough(nil)
-	j.posting.busy, j.posting.enough, j.posting.found = false, nil, nil
+	j.posting.cut()
+	j.posting.busy, j.posting.cut, j.posting.enough, j.posting.found = false, nil, nil, nil
 	j.posting.made += r.made
 	if t.jobs[jobID] != j || j.lease == nil || j.concluded {
 		return
@@ -1060,7 +1061,6 @@ type cancelState struct {
 	waiters map[*cancelWaiter]struct{}
 	busy    bool
 	next    time.Time
-	tries   int
 	refused bool      // it cannot be done without hitting another's job
 	touched bool      // the pod has said that it took the prompt out or will stop it
 	cleared time.Time // what a look that began before then says of copies is out of date
@@ -1098,13 +1098,21 @@ func (t *tracker) cancelByContext(jobID string) {
 	t.asking.do(func(ctx context.Context) func() {
 		ctx, cancel := context.WithTimeout(ctx, t.timing.Cancel)
 		defer cancel()
-		_, err := t.store.RequestCancel(ctx, jobID)
+		err := t.recordCancel(ctx, jobID)
 		return func() {
 			if err != nil {
 				t.log(slog.LevelWarn, "comfyui: the cancel was not recorded", "job", jobID, "error", err)
 			}
 			t.cancelRequested(jobID, nil)
 		}
+	})
+}
+
+// recordCancel has whoever drives the job know that it is to be cancelled.
+func (t *tracker) recordCancel(ctx context.Context, jobID string) error {
+	return t.client.storeCall(ctx, "cancel", jobID, func(ctx context.Context) error {
+		_, err := t.store.RequestCancel(ctx, jobID)
+		return err
 	})
 }
 
@@ -1159,12 +1167,14 @@ const cancelAgain = time.Second
 
 func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 	j, now := t.jobs[jobID], time.Now()
-	if j == nil || j.lease == nil || j.concluded {
+	if j == nil {
 		return
 	}
 	c := &j.cancel
 	c.busy = false
-	c.tries++
+	if j.lease == nil || j.concluded {
+		return
+	}
 	if j.rec.PromptID != promptID {
 		t.advance(j, now)
 		return
@@ -1267,11 +1277,7 @@ func (j *Job) Cancel(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	err = j.client.storeCall(ctx, op, j.id, func(ctx context.Context) error {
-		_, err := t.store.RequestCancel(ctx, j.id)
-		return err
-	})
-	if err != nil && !errors.Is(err, ErrJobNotFound) {
+	if err := t.recordCancel(ctx, j.id); err != nil && !errors.Is(err, ErrJobNotFound) {
 		return err
 	}
 	w := &cancelWaiter{refused: make(chan error, 1)}

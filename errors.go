@@ -481,30 +481,12 @@ func (e *Error) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// encodeError is the JSON of any error; null for nil. decodeError is its inverse.
-func encodeError(err error) (json.RawMessage, error) {
-	if err == nil {
-		return json.RawMessage("null"), nil
-	}
-	return json.Marshal(causeToJSON(err, 0))
-}
-
-func decodeError(data []byte) (error, error) {
-	var j *causeJSON
-	if err := json.Unmarshal(data, &j); err != nil {
-		return nil, fmt.Errorf("comfyui: error is malformed: %w", err)
-	}
-	return j.toError(0), nil
-}
-
 func (e *Error) toJSON(depth int) *errorJSON {
 	j := &errorJSON{
 		Op: e.Op, Pod: redactURLs(e.Pod), JobID: e.JobID, PromptID: e.PromptID, Attempt: e.Attempt, Status: e.Status,
 		Category: e.Category, StatusCode: e.StatusCode, RetryAfter: int64(e.RetryAfter),
 	}
-	if e.Err != nil {
-		j.Cause = causeToJSON(e.Err, depth+1)
-	}
+	j.Cause = causeToJSON(e.Err, depth+1)
 	return j
 }
 
@@ -518,14 +500,14 @@ func (j *errorJSON) toError(depth int) *Error {
 }
 
 func causeToJSON(err error, depth int) *causeJSON {
-	if depth > maxErrorDepth {
+	switch {
+	case isNil(err):
+		return nil
+	case depth > maxErrorDepth:
 		return &causeJSON{Text: redactURLs(err.Error())}
 	}
 	switch e := err.(type) { //nolint:errorlint // this is the walk over the chain
 	case *Error:
-		if e == nil {
-			return nil
-		}
 		return &causeJSON{Error: e.toJSON(depth)}
 	case *ValidationError:
 		return &causeJSON{Validation: &validationJSON{e.Type, redactURLs(e.Message), redactURLs(e.Details), nodesToJSON(e.Nodes)}}
@@ -554,9 +536,6 @@ func causeToJSON(err error, depth int) *causeJSON {
 func causesToJSON(causes []error, depth int) []*causeJSON {
 	var kept []*causeJSON
 	for _, cause := range causes {
-		if cause == nil {
-			continue
-		}
 		if j := causeToJSON(cause, depth); j != nil && !j.isText() {
 			kept = append(kept, j)
 		}

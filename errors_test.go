@@ -581,6 +581,45 @@ func TestEncodeErrorTakesAnyError(t *testing.T) {
 	require.Error(t, fault)
 }
 
+// encodeError is the JSON of any error; null for nil. decodeError is its inverse.
+func encodeError(err error) (json.RawMessage, error) {
+	if err == nil {
+		return json.RawMessage("null"), nil
+	}
+	return json.Marshal(causeToJSON(err, 0))
+}
+
+func decodeError(data []byte) (error, error) {
+	var j *causeJSON
+	if err := json.Unmarshal(data, &j); err != nil {
+		return nil, err
+	}
+	return j.toError(0), nil
+}
+
+// A cause can be a nil pointer: somebody has forgotten to ask whether there was an error.
+func TestErrorJSONOfNilCauses(t *testing.T) {
+	t.Parallel()
+	for name, cause := range map[string]error{
+		"error":      (*Error)(nil),
+		"validation": (*ValidationError)(nil),
+		"execution":  (*ExecutionError)(nil),
+		"foreign":    (*net.OpError)(nil),
+		"wrapped":    fmt.Errorf("wrapped: %w", (*ValidationError)(nil)),
+		"joined":     errors.Join((*ExecutionError)(nil), ErrJobLost),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			data, err := json.Marshal(&Error{Op: "x", Category: CategoryStorage, Err: cause})
+			require.NoError(t, err)
+			var back Error
+			require.NoError(t, json.Unmarshal(data, &back))
+			assert.Equal(t, CategoryStorage, back.Category)
+			assert.Equal(t, name == "joined", errors.Is(&back, ErrJobLost))
+		})
+	}
+}
+
 func TestErrorJSONOfANewerVersion(t *testing.T) {
 	t.Parallel()
 	var e Error

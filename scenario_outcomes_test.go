@@ -16,6 +16,7 @@ import (
 
 	"github.com/comfypod/comfyui"
 	"github.com/comfypod/comfyui/comfyuitest"
+	"github.com/comfypod/comfyui/comfyuitest/storetest"
 )
 
 // versions are pods of every manner of behaving.
@@ -331,6 +332,31 @@ func TestS31CancelWithTheContextOfWhoJoined(t *testing.T) {
 	}
 }
 
+// A store that fails once does not lose the cancel of a caller who only follows the job: nobody else tells its driver.
+func TestS31CancelWithContextWhileTheStoreFails(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		driven, err := b.client(comfyui.WithStore(store)).Submit(b.ctx, graphOf(t, "Long", 1), comfyui.WithJobID("x"))
+		require.NoError(t, err)
+		failures := 1
+		c := b.client(comfyui.WithStore(storetest.Flaky(store, func(_ context.Context, method string) (err error, after bool) {
+			if method == "RequestCancel" && failures > 0 {
+				failures--
+				return errStoreDown, false
+			}
+			return nil, false
+		})))
+		ctx, cancel := context.WithTimeout(b.ctx, 5*time.Second)
+		defer cancel()
+		_, err = c.Execute(ctx, graphOf(t, "Long", 1), comfyui.WithJobID("x"), comfyui.CancelWithContext())
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		_, err = driven.Wait(b.ctx)
+		require.ErrorIs(t, err, comfyui.ErrCancelled)
+		assert.EqualValues(t, 1, c.Stats().StoreErrors)
+	})
+}
+
 func TestS32DeadWorker(t *testing.T) {
 	t.Parallel()
 	onVersions(t, func(b *bench) {
@@ -465,4 +491,32 @@ func TestS33PodGone(t *testing.T) {
 		assert.Equal(t, comfyui.StatusFailed, r.Status)
 		assert.InDelta(t, (10 * time.Minute).Seconds(), time.Since(start).Seconds(), 30)
 	})
+}
+
+// A limit also ends a job of which nobody knows whether the pod has taken it, though the pod never answers again and is never given up.
+func TestS33TotalWhileThePostIsInDoubt(t *testing.T) {
+	t.Parallel()
+	for _, gone := range []time.Duration{0, -1} {
+		t.Run(fmt.Sprintf("gone=%s", gone), func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				b.pod.RefuseStreams(http.StatusForbidden)
+				b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.DropAfter, Times: 1})
+				b.pod.Inject(comfyuitest.Fault{Route: "GET /", Effect: comfyuitest.Drop, Times: -1})
+				c := b.client(comfyui.WithTiming(comfyui.Timing{Gone: gone}), comfyui.WithMaxInFlight(1))
+				start := time.Now()
+				r, err := c.Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithLimits(comfyui.Limits{Total: time.Minute}))
+				require.Equal(t, comfyui.CategoryTimeout, comfyui.CategoryOf(err), "%v", err)
+				assert.ErrorContains(t, err, "Total")
+				assert.LessOrEqual(t, time.Since(start), 2*time.Minute)
+				require.Len(t, r.Warnings, 1)
+				assert.ErrorContains(t, r.Warnings[0], "may still be on it")
+				b.ranOnce()
+				// Its place is free for the next one, in an attempt to post at least.
+				_, err = c.Execute(b.ctx, graphOf(t, "Work", 2), comfyui.WithLimits(comfyui.Limits{Total: time.Minute}))
+				require.Error(t, err)
+				assert.Len(t, b.pod.Prompts(), 2)
+			})
+		})
+	}
 }

@@ -1976,3 +1976,28 @@ func TestS35CloseWithMuchToWrite(t *testing.T) {
 		}
 	})
 }
+
+// The job is lost to another owner and won back while a cancel of the first time still hangs: the next one is made all the same.
+func TestS35WonBackUnderAHangingCancel(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		c := b.client(comfyui.WithStore(store))
+		j, err := c.Submit(b.ctx, graphOf(t, "Hour", 1), comfyui.WithJobID("the-job"))
+		require.NoError(t, err)
+		time.Sleep(2 * time.Second)
+		b.pod.Inject(comfyuitest.Fault{Route: "POST /jobs", Effect: comfyuitest.Hang, Times: 1})
+		time.AfterFunc(5*time.Second, func() { // until the cancel has ended by Request
+			rec, err := store.Get(b.ctx, "the-job")
+			if assert.NoError(t, err) {
+				assert.NoError(t, store.Release(b.ctx, rec.Owner, []string{"the-job"}))
+				_, err = store.Claim(b.ctx, "the-job", "somebody", 90*time.Second)
+				assert.NoError(t, err)
+			}
+		})
+		require.NoError(t, j.Cancel(b.ctx))
+		_, err = j.Wait(b.ctx)
+		require.ErrorIs(t, err, comfyui.ErrCancelled)
+		assert.Zero(t, b.ranOnce().Ends)
+	}, comfyuitest.WithVersion("0.33.0"), comfyuitest.WithNode("Hour", comfyuitest.Steps(720, 5*time.Second)))
+}

@@ -99,7 +99,6 @@ type podView struct {
 	stream       StreamState
 	upSince      time.Time // of the stream; zero while it is not up
 	heard        bool      // the stream brought more than its greeting since it came up
-	everUp       bool
 	refusedAt    time.Time // when the pod last refused a connection or a proxy said that it is not there
 	proven       int64     // endpoint.lines.breaks when the process was last known to be the one before
 	contactAt    time.Time // when the pod last answered
@@ -430,6 +429,7 @@ type postingState struct {
 	at           time.Time               // not before; zero: at once
 	streamBy     time.Time               // the stream is waited for until then
 	enough       context.CancelCauseFunc // makes the worker stop at the next safe point; nil: there is none
+	cut          context.CancelFunc      // makes it stop at once; nil: there is none
 	found        chan struct{}           // closed when the stream has shown the prompt
 }
 
@@ -903,11 +903,15 @@ func (t *tracker) takeOff(j *tracked, err *Error, now time.Time) {
 // judge turns the pod's verdict over an attempt into the job's end or a new attempt.
 func (t *tracker) judge(j *tracked, now time.Time) {
 	v := j.attempt.verdict
-	if v == nil || j.posting.busy && !j.rec.Accepted {
+	switch {
+	case v == nil:
 		return
-	}
-	if j.leaving && !j.left && now.Before(j.cancel.until) {
-		j.at(j.cancel.until)
+	case j.leaving && !j.left:
+		if now.Before(j.cancel.until) {
+			j.at(j.cancel.until)
+			return
+		}
+	case j.posting.busy && !j.rec.Accepted:
 		return
 	}
 	if (v.interrupted || v.vanished) && !t.intentKnown(j) {
@@ -916,7 +920,8 @@ func (t *tracker) judge(j *tracked, now time.Time) {
 	err := v.err
 	switch {
 	case j.leaving:
-		t.finishFailed(j, StatusFailed, t.withLeftover(j, err, now), now)
+		t.warnOfLeftover(j, now)
+		t.finishFailed(j, StatusFailed, err, now)
 	case j.rec.CancelRequested && (v.interrupted || v.vanished || errors.Is(err, ErrCancelled)):
 		t.finishFailed(j, StatusCancelled, j.failure(CategoryCancelled, ErrCancelled), now)
 	case j.rec.CancelRequested:
@@ -928,13 +933,16 @@ func (t *tracker) judge(j *tracked, now time.Time) {
 	}
 }
 
-// withLeftover warns of a prompt that could not be taken off the pod in time.
-func (t *tracker) withLeftover(j *tracked, err *Error, now time.Time) *Error {
-	if j.rec.Accepted && !j.left {
-		w := j.failure(CategoryUnavailable, errors.New("the pod has not confirmed the cancel; the prompt may still be on it"))
-		t.observe(j, obsWarning{w}, now)
+// warnOfLeftover warns of a prompt that could not be taken off the pod in time. Whether it is there at all is not looked for any more.
+func (t *tracker) warnOfLeftover(j *tracked, now time.Time) {
+	if j.left || !j.rec.Accepted && !j.posting.busy {
+		return
 	}
-	return err
+	if j.posting.busy {
+		j.posting.cut()
+	}
+	w := j.failure(CategoryUnavailable, errors.New("the pod has not confirmed the cancel; the prompt may still be on it"))
+	t.observe(j, obsWarning{w}, now)
 }
 
 // newAttempts are the categories for which a new attempt can help on the same pod.
@@ -1273,7 +1281,7 @@ func (t *tracker) streamChanged(s *stream, state StreamState, err error) {
 	switch state {
 	case StreamUp:
 		t.contact(now)
-		t.pod.upSince, t.pod.heard, t.pod.everUp, t.pod.fingerprints = now, false, true, true
+		t.pod.upSince, t.pod.heard, t.pod.fingerprints = now, false, true
 		t.lookBy(now) // what happened meanwhile is not replayed
 	case StreamDown, StreamIdle, StreamDeaf:
 		t.pod.upSince, t.pod.heard, t.due.deaf = time.Time{}, false, time.Time{}
