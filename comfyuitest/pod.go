@@ -37,10 +37,10 @@ type Pod struct {
 	complain func(format string, args ...any)
 
 	mu      sync.Mutex
-	process *process     // nil while the server is down
-	front   net.Listener // nil while the server is down, and for pipes
-	crashed bool         // the server ended itself, and nothing starts it again but Restart
-	refused int          // the status for new sockets; 0: they are accepted
+	process  *process     // nil while the server is down
+	front    net.Listener // nil while the server is down, and for pipes
+	postpone func()       // ends the wait of the Restart before
+	refused  int          // the status for new sockets; 0: they are accepted
 	closed  bool
 }
 
@@ -78,7 +78,7 @@ func NewPod(opts ...Option) *Pod {
 	}
 	maps.Copy(p.classes, c.classes)
 	p.routes = routesOf(c.version)
-	p.complain = log.Printf
+	p.complain, p.postpone = log.Printf, func() {}
 	p.life, p.finish = context.WithCancel(context.Background())
 	p.handler = p.faulty(http.HandlerFunc(p.dispatch))
 	if c.wrap != nil {
@@ -94,7 +94,7 @@ func NewPod(opts ...Option) *Pod {
 	if front != nil {
 		p.addr = front.Addr().String()
 	}
-	p.open(front)
+	p.open(p.life, front)
 	return p
 }
 
@@ -253,37 +253,45 @@ func (p *Pod) Close() {
 
 // Restart ends the server as a crash does, at once and without a close frame, and starts it again after the given time:
 // Restart returns without waiting for that, but with 0 the new server is there already. While it is down connections are
-// refused. Queue, history, sockets, the cache and temp files are gone, numbers start at 0 again; outputs and inputs stay. Nodes
-// that run hear it by their ctx.
+// refused, and another Restart decides anew when it is back. Queue, history, sockets, the cache and temp files are gone, numbers
+// start at 0 again; outputs and inputs stay. Nodes that run hear it by their ctx.
 func (p *Pod) Restart(down time.Duration) {
 	p.mu.Lock()
-	old := p.process
-	if p.closed || old == nil && !p.crashed {
+	if p.closed {
 		p.mu.Unlock()
 		return
 	}
-	if p.crashed {
-		p.crashed = false
-		p.mu.Unlock()
-		p.reviveAfter(down)
-		return
+	p.postpone()
+	old, front := p.process, p.front
+	if old != nil {
+		old.cancel() // what its nodes still do shows nowhere
+		p.files.clear(kindTemp)
+		if down <= 0 {
+			p.boot()
+			p.mu.Unlock()
+			old.end()
+			return
+		}
+		p.process, p.front = nil, nil
 	}
-	old.cancel() // what its nodes still do shows nowhere
-	p.files.clear(kindTemp)
-	if down <= 0 {
-		p.boot()
-		p.mu.Unlock()
-		old.end()
-		return
-	}
-	front := p.front
-	p.process, p.front = nil, nil
+	var starting context.Context
+	starting, p.postpone = context.WithCancel(p.life)
 	p.mu.Unlock()
 	if front != nil {
 		_ = front.Close()
 	}
-	old.end()
-	p.reviveAfter(down)
+	if old != nil {
+		old.end()
+	}
+	if down <= 0 {
+		p.revive(starting)
+		return
+	}
+	p.tasks.start(func() {
+		if wait(starting, down) {
+			p.revive(starting)
+		}
+	})
 }
 
 // crash ends a process for good: only Restart starts another.
@@ -294,7 +302,7 @@ func (p *Pod) crash(proc *process) {
 		return
 	}
 	front := p.front
-	p.process, p.front, p.crashed = nil, nil, true
+	p.process, p.front = nil, nil
 	p.files.clear(kindTemp)
 	p.mu.Unlock()
 	if front != nil {
@@ -303,38 +311,26 @@ func (p *Pod) crash(proc *process) {
 	proc.end()
 }
 
-func (p *Pod) reviveAfter(down time.Duration) {
-	if down <= 0 {
-		p.revive()
-		return
-	}
-	p.tasks.start(func() {
-		if wait(p.life, down) {
-			p.revive()
-		}
-	})
-}
-
-// revive starts a process after a time without one.
-func (p *Pod) revive() {
-	for attempt := 0; ; attempt++ {
+// revive starts a process after a time without one, unless ctx ends first: another Restart does it then.
+func (p *Pod) revive(ctx context.Context) {
+	for attempt := 0; ctx.Err() == nil; attempt++ {
 		front, err := p.listen()
 		if err == nil {
-			p.open(front)
+			p.open(ctx, front)
 			return
 		}
 		// Somebody else has the port for the moment: a client's outgoing connection, say.
-		if attempt == 100 || !wait(p.life, 50*time.Millisecond) {
+		if attempt == 100 || !wait(ctx, 50*time.Millisecond) {
 			return
 		}
 	}
 }
 
 // open starts a process behind front; nil for pipes.
-func (p *Pod) open(front net.Listener) {
+func (p *Pod) open(ctx context.Context, front net.Listener) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.closed {
+	if p.closed || ctx.Err() != nil {
 		if front != nil {
 			_ = front.Close()
 		}

@@ -133,6 +133,38 @@ func TestRestart(t *testing.T) {
 	}
 }
 
+// TestRestartWhileDown: the newest Restart decides when the server is back.
+func TestRestartWhileDown(t *testing.T) {
+	t.Parallel()
+	up := func(p *Pod) bool {
+		_, err := try(p, http.MethodGet, "/prompt", "")
+		return err == nil
+	}
+	bubble(t, func(t *testing.T, p *Pod) {
+		p.Restart(time.Hour)
+		require.False(t, up(p))
+		p.Restart(0)
+		require.True(t, up(p), "at once")
+		id := queue1(t, p, graphOf("1", "Work", nil), "")
+		require.NoError(t, p.WaitIdle(t.Context()))
+		time.Sleep(2 * time.Hour)
+		require.Contains(t, string(do(t, p, http.MethodGet, "/history", "").body), id, "the first Restart is over")
+
+		p.Restart(time.Minute)
+		p.Restart(time.Hour)
+		time.Sleep(59 * time.Minute)
+		require.False(t, up(p))
+		time.Sleep(2 * time.Minute)
+		require.True(t, up(p))
+	}, WithNode("Work", Node{Output: true}))
+	p := Start(t) // whose port must be free again
+	for range 20 {
+		p.Restart(time.Microsecond)
+		p.Restart(0)
+		require.True(t, up(p))
+	}
+}
+
 // TestNodeEndsTheProcess: os._exit in a node.
 func TestNodeEndsTheProcess(t *testing.T) {
 	t.Parallel()
