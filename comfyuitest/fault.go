@@ -185,11 +185,11 @@ func (p *Pod) act(f Fault, next http.Handler, w http.ResponseWriter, r *http.Req
 	switch f.Effect {
 	case Answer:
 		f.wait(r)
-		f.answer(w)
+		f.answer(w, r)
 	case AnswerAfter:
 		next.ServeHTTP(newRecorder(), r)
 		f.wait(r)
-		f.answer(w)
+		f.answer(w, r)
 	case AnswerBefore:
 		p.answerBefore(f, next, w, r)
 	case Drop:
@@ -216,7 +216,7 @@ func (f Fault) wait(r *http.Request) {
 	}
 }
 
-func (f Fault) answer(w http.ResponseWriter) {
+func (f Fault) answer(w http.ResponseWriter, r *http.Request) {
 	for name, values := range f.Header {
 		w.Header()[http.CanonicalHeaderKey(name)] = slices.Clone(values)
 	}
@@ -224,8 +224,18 @@ func (f Fault) answer(w http.ResponseWriter) {
 	if status == 0 {
 		status = http.StatusBadGateway
 	}
-	w.WriteHeader(status)
-	_, _ = io.WriteString(w, f.Body) // the client may be gone
+	linger(w, r, func() {
+		if _, given := w.Header()["Content-Length"]; !given && bodyAllowed(status) {
+			w.Header().Set("Content-Length", strconv.Itoa(len(f.Body)))
+		}
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, f.Body) // the client may be gone
+	})
+}
+
+// bodyAllowed is false for the answers that end with their header.
+func bodyAllowed(status int) bool {
+	return status != http.StatusNoContent && status != http.StatusNotModified
 }
 
 // answerBefore handles the request in the pod's own time: it no longer depends on the client.
@@ -241,7 +251,7 @@ func (p *Pod) answerBefore(f Fault, next http.Handler, w http.ResponseWriter, r 
 			next.ServeHTTP(newRecorder(), held)
 		}
 	})
-	f.answer(w)
+	f.answer(w, r)
 }
 
 // slow is a proxy that holds the request: it reaches the pod even if its client gives it up meanwhile, unless the process ends.

@@ -1,6 +1,7 @@
 package comfyuitest
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -171,6 +172,51 @@ func roundTrip(p *Pod, req *http.Request) (status int, err error) {
 	}
 	_, err = io.ReadAll(resp.Body)
 	return resp.StatusCode, err
+}
+
+// TestAnswerToALargeBody: an answer that comes before the body is read reaches the client all the same, and at once.
+func TestAnswerToALargeBody(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name, path, origin string
+		fault              Fault
+		status             int
+	}{
+		{"fault", "/upload/image", "", Fault{Route: "POST /upload", Times: -1, Status: 503, Body: "no"}, 503},
+		{"too large", "/upload/image", "", Fault{Route: "PUT"}, 413},
+		{"no route", "/nowhere", "", Fault{Route: "PUT"}, 405},
+		{"foreign origin", "/upload/image", "http://example.com", Fault{Route: "PUT"}, 403},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			p := Start(t, WithMaxUpload(1<<20))
+			p.Inject(c.fault)
+			transport := &http.Transport{DisableKeepAlives: true}
+			defer transport.CloseIdleConnections()
+			post := func(body io.Reader) *http.Response {
+				req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, p.URL()+c.path, body)
+				require.NoError(t, err)
+				if c.origin != "" {
+					req.Header.Set("Origin", c.origin)
+				}
+				resp, err := transport.RoundTrip(req)
+				require.NoError(t, err)
+				require.Equal(t, c.status, resp.StatusCode)
+				data, err := io.ReadAll(resp.Body)
+				require.NoError(t, err)
+				require.NoError(t, resp.Body.Close())
+				require.Equal(t, int64(len(data)), resp.ContentLength)
+				return resp
+			}
+			for range 10 {
+				post(bytes.NewReader(make([]byte, 8<<20))) //nolint:bodyclose // it is
+			}
+			endless, more := io.Pipe()
+			defer func() { _ = more.Close() }()
+			go func() { _, _ = more.Write(make([]byte, 2<<20)) }()
+			post(endless) //nolint:bodyclose // it is
+		})
+	}
 }
 
 func TestFaultDelay(t *testing.T) {

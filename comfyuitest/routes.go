@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 )
 
@@ -231,7 +232,29 @@ func (p *process) serve(w http.ResponseWriter, r *http.Request) {
 	if p.ctx.Err() != nil {
 		panic(http.ErrAbortHandler)
 	}
+	if refusal != nil {
+		linger(w, r, func() { p.write(w, r, a) })
+		return
+	}
 	p.write(w, r, a)
+}
+
+// lingering is aiohttp's lingering_time.
+const lingering = 10 * time.Second
+
+// linger gives an answer that may come before the whole request is there, and then takes what is left of it: to close the connection
+// while the client still writes would take the answer away from it.
+func linger(w http.ResponseWriter, r *http.Request, answer func()) {
+	control := http.NewResponseController(w)
+	if r.Header.Get("Expect") != "" || control.EnableFullDuplex() != nil {
+		answer()
+		return
+	}
+	answer()
+	_ = control.Flush()
+	_ = control.SetReadDeadline(time.Now().Add(lingering))
+	_, _ = io.Copy(io.Discard, r.Body)
+	_ = control.SetReadDeadline(time.Time{})
 }
 
 // readBody reads and decompresses a body, up to the limit. A multipart body may be a little larger than its parts.
