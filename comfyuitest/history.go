@@ -30,17 +30,16 @@ func newHistory(size int) *history {
 	return &history{size: size, entries: map[string]*historyEntry{}}
 }
 
-// put stores an entry. A repeated id keeps its place; the oldest goes when more than size were there before, as on the
-// server, which so holds one more than its limit.
+// put stores an entry. A repeated id keeps its place.
 func (h *history) put(id string, entry *historyEntry) {
-	if len(h.order) > h.size {
-		delete(h.entries, h.order[0])
-		h.order = h.order[1:]
-	}
 	if _, again := h.entries[id]; !again {
 		h.order = append(h.order, id)
 	}
 	h.entries[id] = entry
+	if len(h.order) > h.size {
+		delete(h.entries, h.order[0])
+		h.order = h.order[1:]
+	}
 }
 
 func (h *history) remove(id string) {

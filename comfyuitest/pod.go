@@ -36,12 +36,12 @@ type Pod struct {
 	finish   context.CancelFunc
 	complain func(format string, args ...any)
 
-	mu      sync.Mutex
+	mu       sync.Mutex
 	process  *process     // nil while the server is down
 	front    net.Listener // nil while the server is down, and for pipes
 	postpone func()       // ends the wait of the Restart before
 	refused  int          // the status for new sockets; 0: they are accepted
-	closed  bool
+	closed   bool
 }
 
 // Option configures a [Pod].
@@ -60,7 +60,7 @@ type config struct {
 
 const (
 	defaultMaxUpload   = 100 << 20
-	defaultHistorySize = 10000
+	defaultHistorySize = 10000 + 1
 	pipeAddress        = "127.0.0.1:1" // where nothing listens: a client that misses the pipes reaches no real server
 )
 
@@ -175,8 +175,8 @@ func WithMaxUpload(bytes int64) Option {
 	return func(c *config) { c.maxUpload = bytes }
 }
 
-// WithHistorySize sets how many ended prompts the pod remembers: like the server, which looks before it adds one, one more than
-// that. Default 10000.
+// WithHistorySize sets how many ended prompts the pod remembers; with 0 it forgets each at once. The oldest goes first. Default: the
+// server's 10000, and like there one more, because it looks before it adds one.
 func WithHistorySize(n int) Option {
 	if n < 0 {
 		panic(fmt.Sprintf("comfyuitest: WithHistorySize: negative size %d", n))

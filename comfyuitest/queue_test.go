@@ -292,7 +292,7 @@ func TestHistoryRoute(t *testing.T) {
 			ids = append(ids, queue1(t, p, graphOf("1", "Work", object{{"n", n}}), ""))
 			require.NoError(t, p.WaitIdle(t.Context()))
 		}
-		ids = ids[1:] // more than four were there: the oldest is gone
+		ids = ids[1:] // the oldest of six is gone
 		keys := func(path string) []string {
 			list := []string{}
 			for _, f := range get(t, p, path).(object) {
@@ -321,7 +321,25 @@ func TestHistoryRoute(t *testing.T) {
 		require.NoError(t, p.WaitIdle(t.Context()))
 		p.ClearHistory()
 		require.Empty(t, keys("/history"))
-	}, WithHistorySize(4), WithNode("Work", Node{Output: true}))
+	}, WithHistorySize(5), WithNode("Work", Node{Output: true}))
+}
+
+func TestHistorySize(t *testing.T) {
+	t.Parallel()
+	for size := range 4 {
+		bubble(t, func(t *testing.T, p *Pod) {
+			var ids []string
+			for n := range 6 {
+				ids = append(ids, queue1(t, p, graphOf("1", "Work", object{{"n", n}}), ""))
+				require.NoError(t, p.WaitIdle(t.Context()))
+			}
+			left := []string{}
+			for _, f := range get(t, p, "/history").(object) {
+				left = append(left, f.key)
+			}
+			require.Equal(t, ids[6-size:], left)
+		}, WithHistorySize(size), WithNode("Work", Node{Output: true}))
+	}
 }
 
 // TestHistoryBeforeThereWasAnOffset: until 0.3.60 the server did not look at it, so that what asks for the oldest gets the newest.
