@@ -351,15 +351,17 @@ func (c *Call) perform(outcome *callOutcome, done func()) {
 		outcome.interrupted = c.interrupted
 		c.mu.Unlock()
 		if !returned && !outcome.interrupted {
-			outcome.err = panicError(cause)
+			outcome.raised = panicError(cause)
 		}
 		done()
 	}()
+	var err error
 	if c.class.run != nil {
-		c.run.process.pod.tasks.run(foreignCode{"node", c.class.name}, func() { outcome.err = c.class.run(ctx, c) })
+		c.run.process.pod.tasks.run(foreignCode{"node", c.class.name}, func() { err = c.class.run(ctx, c) })
 	}
+	outcome.raised = exceptionOf(err) // which asks err for its text: that is the node's code too
 	returned = true
-	if errors.Is(outcome.err, context.Canceled) && ctx.Err() != nil && c.life.Err() == nil {
+	if errors.Is(err, context.Canceled) && ctx.Err() != nil && c.life.Err() == nil {
 		// Only an interrupt ends ctx before the node's life: the node has seen it, as at a tick.
 		c.run.executor.takeInterrupt()
 		c.mu.Lock()
@@ -387,12 +389,24 @@ func (c *Call) taken() (callResult, object) {
 
 // callOutcome is how one call of a node ended.
 type callOutcome struct {
-	err         error
+	raised      *NodeError
 	interrupted bool
 }
 
+// exceptionOf makes a Python exception of what Run returned; nil for no error.
+func exceptionOf(err error) *NodeError {
+	if err == nil {
+		return nil
+	}
+	var raised *NodeError
+	if errors.As(err, &raised) && raised != nil {
+		return raised
+	}
+	return &NodeError{ExceptionType: "RuntimeError", Message: err.Error()}
+}
+
 // panicError makes a Python exception of a panic, or of a Run that ended its goroutine.
-func panicError(cause any) error {
+func panicError(cause any) *NodeError {
 	if cause == nil {
 		return &NodeError{ExceptionType: "RuntimeError", Message: "the node ended its goroutine"}
 	}

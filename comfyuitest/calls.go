@@ -177,7 +177,7 @@ func (r *run) callAll(id string, class *class, in nodeInputValues) (stepResult, 
 		if r.ctx.Err() != nil {
 			return stepDead, nil
 		}
-		if outcome.interrupted || outcome.err != nil {
+		if outcome.interrupted || outcome.raised != nil {
 			return r.failCall(id, r.withHidden(in, id, class), outcome)
 		}
 	}
@@ -276,7 +276,7 @@ func (r *run) collect(id string, calls *nodeCalls) (stepResult, *nodeFailure) {
 			results[i].blocked = calls.blocked[i]
 			continue
 		}
-		if outcome := calls.outcomes[i]; outcome.interrupted || outcome.err != nil {
+		if outcome := calls.outcomes[i]; outcome.interrupted || outcome.raised != nil {
 			return r.failCall(id, nodeInputValues{}, outcome)
 		}
 		given, shown := c.taken()

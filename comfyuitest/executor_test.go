@@ -218,6 +218,10 @@ func TestNodeErrors(t *testing.T) {
 			return fmt.Errorf("outer: %w", &NodeError{"KeyError", "'x'"})
 		}), "KeyError", "'x'\n"},
 		{"a panic", "0.27.0", scripted(func(*Call) error { panic("oops") }), "RuntimeError", "panic: oops\n"},
+		{"an error that cannot tell its text", "0.27.0", scripted(func(*Call) error {
+			var none *NodeError
+			return none
+		}), "RuntimeError", "panic: runtime error: invalid memory address or nil pointer dereference\n"},
 		{"a goroutine that ends itself", "0.27.0", scripted(func(*Call) error { runtime.Goexit(); return nil }), "RuntimeError", "the node ended its goroutine\n"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

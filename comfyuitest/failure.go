@@ -1,9 +1,6 @@
 package comfyuitest
 
-import (
-	"errors"
-	"strings"
-)
+import "strings"
 
 // nodeFailure ends a job.
 type nodeFailure struct {
@@ -20,14 +17,10 @@ func (r *run) failCall(id string, in nodeInputValues, outcome *callOutcome) (ste
 	if outcome.interrupted {
 		return stepFailed, &nodeFailure{node: r.dyn.real(id), interrupted: true}
 	}
-	return r.fail(id, in.formatted(), outcome.err)
+	return r.fail(id, in.formatted(), outcome.raised)
 }
 
-func (r *run) fail(id string, inputs object, err error) (stepResult, *nodeFailure) {
-	var raised *NodeError
-	if !errors.As(err, &raised) {
-		raised = &NodeError{"RuntimeError", err.Error()}
-	}
+func (r *run) fail(id string, inputs object, raised *NodeError) (stepResult, *nodeFailure) {
 	if raised.ExceptionType == "SystemExit" || raised.ExceptionType == "KeyboardInterrupt" {
 		r.executor.kill()
 		return stepDead, nil
