@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"reflect"
 	"slices"
 )
 
@@ -151,13 +152,9 @@ func classOf(name string, n Node) *class {
 // A Go map has no order, so inputs come sorted by name.
 func nodeInputs(given map[string]any) ([]input, error) {
 	groups := map[string]map[string]any{}
-	for _, key := range slices.Sorted(maps.Keys(given)) {
-		entries, isMap := given[key].(map[string]any)
-		switch key {
-		case groupRequired, groupOptional, groupHidden:
-			if isMap {
-				groups[key] = entries
-			}
+	for _, key := range []string{groupRequired, groupOptional, groupHidden} {
+		if entries, isGroup := stringMap(given[key]); isGroup {
+			groups[key] = entries
 		}
 	}
 	if len(groups) != len(given) {
@@ -179,6 +176,19 @@ func nodeInputs(given map[string]any) ([]input, error) {
 	return inputs, nil
 }
 
+// stringMap is a map with text keys, whatever the type of its values.
+func stringMap(v any) (map[string]any, bool) {
+	from := reflect.ValueOf(v)
+	if from.Kind() != reflect.Map || from.Type().Key().Kind() != reflect.String {
+		return nil, false
+	}
+	to := make(map[string]any, from.Len())
+	for key, value := range from.Seq2() {
+		to[key.String()] = value.Interface()
+	}
+	return to, true
+}
+
 // nodeInput reads one entry of Node.Inputs: "INT", []string{"a", "b"}, []any{"INT", options} or []any{choices, options}.
 func nodeInput(name, group string, given any) (input, error) {
 	data, err := json.Marshal(given)
@@ -190,7 +200,7 @@ func nodeInput(name, group string, given any) (input, error) {
 		return input{}, fmt.Errorf("input %s: %w", name, err)
 	}
 	list, isList := value.([]any)
-	if isList && !isSpec(list) {
+	if isList && (isTexts(given) || !isSpec(list)) {
 		value = []any{list}
 	}
 	if text, isText := value.(string); isText && group != groupHidden {
@@ -209,6 +219,12 @@ func nodeInput(name, group string, given any) (input, error) {
 		}
 	}
 	return in, nil
+}
+
+// isTexts tells a []string, which is always one of choices.
+func isTexts(v any) bool {
+	typ := reflect.TypeOf(v)
+	return typ != nil && typ.Kind() == reflect.Slice && typ.Elem().Kind() == reflect.String
 }
 
 // isSpec tells [type, options] and [choices] from a bare list of choices.

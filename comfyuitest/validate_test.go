@@ -241,6 +241,16 @@ func TestClassOf(t *testing.T) {
 	if got := string(objectInfo(version{0, 3, 64}, c, newFileStore())); got != want {
 		t.Errorf("got  %s\nwant %s", got, want)
 	}
+	for _, inputs := range []map[string]any{
+		{"required": map[string]any{"a": []any{"INT"}, "b": []string{"ONE"}}, "optional": map[string]any{"c": []any{"FLOAT", map[string]any{"max": 1}}}},
+		{"required": map[string][]any{"a": {"INT"}, "b": {[]string{"ONE"}}}, "optional": map[string][2]any{"c": {"FLOAT", map[string]int{"max": 1}}}},
+		{"required": map[string]any{"a": "INT", "b": []any{[]any{"ONE"}}}, "optional": map[string]any{"c": json.RawMessage(`["FLOAT", {"max": 1.0}]`)}},
+	} {
+		want := `{"input": {"required": {"a": ["INT"], "b": [["ONE"]]}, "optional": {"c": ["FLOAT", {"max": 1.0}]}}, `
+		if got := string(objectInfo(version{0, 3, 64}, classOf("Mine", Node{Inputs: inputs}), newFileStore())); !strings.HasPrefix(got, want) {
+			t.Errorf("%v: got  %s\nwant %s", inputs, got, want)
+		}
+	}
 	for name, inputs := range map[string]map[string]any{
 		"no JSON":     {"a": func() {}},
 		"half groups": {"required": map[string]any{"a": "INT"}, "b": "INT"},
