@@ -358,7 +358,7 @@ func (r *recorder) Write(p []byte) (int, error) { return r.body.Write(p) }
 
 // Hijack gives a socket whose client has gone.
 func (r *recorder) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	client, pod := newPipe(pipeAddress)
+	client, pod := newPipe("pod")
 	client.out.closeWriter(io.EOF)
 	r.socket = client
 	return pod, bufio.NewReadWriter(bufio.NewReader(pod), bufio.NewWriter(pod)), nil

@@ -1,7 +1,9 @@
 package comfyuitest
 
 import (
+	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"testing/synctest"
 
@@ -62,9 +64,9 @@ func TestOrigins(t *testing.T) {
 		status                int
 	}{
 		{"0.33.0", "http://example.com", "", 403},
-		{"0.33.0", "http://" + pipeAddress, "", 200},
-		{"0.33.0", "http://127.0.0.1", "", 200},
-		{"0.33.0", "http://127.0.0.1:9999", "", 403},
+		{"0.33.0", "http://POD:1", "", 200},
+		{"0.33.0", "http://POD", "", 200},
+		{"0.33.0", "http://POD:9999", "", 403},
 		{"0.33.0", "null", "", 200},
 		{"0.33.0", "", "cross-site", 403},
 		{"0.33.0", "", "same-origin", 200},
@@ -74,7 +76,9 @@ func TestOrigins(t *testing.T) {
 		bubble(t, func(t *testing.T, p *Pod) {
 			header := http.Header{}
 			if c.origin != "" {
-				header.Set("Origin", c.origin)
+				host, _, err := net.SplitHostPort(p.addr)
+				require.NoError(t, err)
+				header.Set("Origin", strings.Replace(c.origin, "POD", host, 1))
 			}
 			if c.site != "" {
 				header.Set("Sec-Fetch-Site", c.site)

@@ -2,6 +2,7 @@ package comfyuitest
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"io"
 	"net"
@@ -27,6 +28,35 @@ type pipeAddr string
 
 func (pipeAddr) Network() string  { return "pipe" }
 func (a pipeAddr) String() string { return string(a) }
+
+// pipeAddresses are those of the pods on pipes that are open. Each has one of its own: by their URLs clients, and the stores that they
+// share, tell pods apart.
+var pipeAddresses addresses
+
+type addresses struct {
+	mu    sync.Mutex
+	taken map[uint32]bool
+}
+
+// take returns a free address of the loopback where nothing listens, so that a client that misses the pipes reaches no real server.
+func (a *addresses) take() (addr string, leave func()) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.taken == nil {
+		a.taken = map[uint32]bool{}
+	}
+	host := uint32(127<<24 + 1)
+	for a.taken[host] {
+		host++
+	}
+	a.taken[host] = true
+	ip := binary.BigEndian.AppendUint32(nil, host)
+	return net.JoinHostPort(net.IP(ip).String(), "1"), sync.OnceFunc(func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		delete(a.taken, host)
+	})
+}
 
 func newPipe(server pipeAddr) (client, pod *pipeConn) {
 	toPod, toClient := newPipeHalf(), newPipeHalf()
@@ -295,26 +325,26 @@ func (h *handoff) give(conn net.Conn) bool {
 // dial connects in memory.
 func (h *handoff) dial(ctx context.Context) (net.Conn, error) {
 	if err := ctx.Err(); err != nil {
-		return nil, dialError(err)
+		return nil, dialError(h.addr.String(), err)
 	}
 	client, pod := newPipe(pipeAddr(h.addr.String()))
 	select {
 	case h.accepts <- pod:
 		return client, nil
 	case <-h.closed:
-		return nil, refusedDial()
+		return nil, refusedDial(h.addr.String())
 	case <-ctx.Done():
-		return nil, dialError(ctx.Err())
+		return nil, dialError(h.addr.String(), ctx.Err())
 	}
 }
 
 // refusedDial is how a dial fails while nobody listens.
-func refusedDial() error {
-	return dialError(os.NewSyscallError("connect", syscall.ECONNREFUSED))
+func refusedDial(addr string) error {
+	return dialError(addr, os.NewSyscallError("connect", syscall.ECONNREFUSED))
 }
 
-func dialError(err error) error {
-	return &net.OpError{Op: "dial", Net: "pipe", Addr: pipeAddr(pipeAddress), Err: err}
+func dialError(addr string, err error) error {
+	return &net.OpError{Op: "dial", Net: "pipe", Addr: pipeAddr(addr), Err: err}
 }
 
 // resetConn ends a connection with a RST instead of a FIN.

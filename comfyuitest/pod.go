@@ -29,6 +29,7 @@ type Pod struct {
 	handler http.Handler
 	client  *http.Client
 	addr    string
+	leave   func() // gives addr back
 
 	chance chance // set by tests of this package, before the first request
 
@@ -61,7 +62,6 @@ type config struct {
 const (
 	defaultMaxUpload   = 100 << 20
 	defaultHistorySize = 10000 + 1
-	pipeAddress        = "127.0.0.1:1" // where nothing listens: a client that misses the pipes reaches no real server
 )
 
 // NewPod starts a pod, like httptest.NewServer: on a free port of the loopback, and it panics when it cannot listen. It runs
@@ -90,9 +90,10 @@ func NewPod(opts ...Option) *Pod {
 	if err != nil {
 		panic(fmt.Sprintf("comfyuitest: %v", err))
 	}
-	p.addr = pipeAddress
 	if front != nil {
-		p.addr = front.Addr().String()
+		p.addr, p.leave = front.Addr().String(), func() {}
+	} else {
+		p.addr, p.leave = pipeAddresses.take()
 	}
 	p.open(p.life, front)
 	return p
@@ -220,7 +221,7 @@ func (p *Pod) DialContext(ctx context.Context, network, addr string) (net.Conn, 
 	}
 	current := p.current()
 	if current == nil {
-		return nil, refusedDial()
+		return nil, refusedDial(p.addr)
 	}
 	return current.conns.dial(ctx)
 }
@@ -246,6 +247,7 @@ func (p *Pod) Close() {
 	}
 	p.client.CloseIdleConnections()
 	p.changed.signal()
+	p.leave()
 	if left := p.tasks.wait(closePatience); left != nil {
 		p.complain("comfyuitest: Close: still running %v after its context ended: %s", closePatience, strings.Join(left, ", "))
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"strings"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -447,6 +448,22 @@ func TestStartTellsThatABubbleNeedsPipes(t *testing.T) {
 		require.NotPanics(t, func() { Start(fatalT{t}, WithPipes()) })
 	})
 	require.NotPanics(t, func() { Start(fatalT{t}) })
+}
+
+// TestPodsOnPipesHaveURLsOfTheirOwn: a store, say, tells pods apart by their URLs.
+func TestPodsOnPipesHaveURLsOfTheirOwn(t *testing.T) {
+	t.Parallel()
+	a, b := NewPod(WithPipes()), NewPod(WithPipes())
+	require.NotEqual(t, a.URL(), b.URL())
+	require.Equal(t, http.StatusOK, do(t, a, http.MethodGet, "/prompt", "").status)
+	b.Restart(time.Hour)
+	_, err := b.DialContext(t.Context(), "tcp", "")
+	require.ErrorContains(t, err, strings.TrimPrefix(b.URL(), "http://"))
+	for _, p := range []*Pod{a, b, a} {
+		p.Close()
+		_, err := http.Get(p.URL()) //nolint:bodyclose,noctx // there is none
+		require.ErrorIs(t, err, syscall.ECONNREFUSED)
+	}
 }
 
 // A client that was not given the pipes must not reach a ComfyUI of the developer's own.
