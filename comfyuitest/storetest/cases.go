@@ -378,6 +378,7 @@ var updateCases = []testCase{
 	}},
 	{"Update/reopens an ended job under a higher epoch when the claim was lost", func(f *fixture) {
 		r := f.create("job", "a", long)
+		r.Retention = f.brief()
 		_, err := f.store.RequestCancel(f.ctx, "job")
 		f.must(err)
 		ended := f.end(r, comfyui.StatusCancelled)
@@ -392,6 +393,8 @@ var updateCases = []testCase{
 		got, err = f.store.RequestCancel(f.ctx, "job")
 		f.must(err)
 		f.wantSame(f.update(again), got)
+		f.expire() // the Retention of the end that is undone
+		f.wantUnchanged(got)
 	}},
 	{"Update/an ended job that was claimed can end anew", func(f *fixture) {
 		f.end(f.create("job", "a", long), comfyui.StatusFailed)

@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"slices"
 	"testing"
 	"time"
@@ -34,7 +35,9 @@ func Run(t *testing.T, newStore func(t *testing.T) comfyui.Store, advance func(t
 	bubble := inBubble(t)
 	for _, c := range slices.Concat(createCases, updateCases, leaseCases, cancelCases, unfinishedCases, watchCases, randomCases, raceCases) {
 		run := func(t *testing.T) {
-			c.run(&fixture{T: t, store: newStore(t), ctx: t.Context(), advance: advance})
+			store := newStore(t)
+			watcher, _ := store.(comfyui.Watcher)
+			c.run(&fixture{T: t, store: exact{store}, watcher: watcher, ctx: t.Context(), advance: advance})
 		}
 		if bubble {
 			t.Logf("case: %s", c.name)
@@ -62,8 +65,51 @@ func inBubble(t *testing.T) (bubble bool) {
 type fixture struct {
 	*testing.T
 	store   comfyui.Store
+	watcher comfyui.Watcher // nil: the store is none
 	ctx     context.Context
 	advance func(time.Duration)
+}
+
+// exact makes an error of what a store must not give: neither a record nor an error.
+type exact struct{ comfyui.Store }
+
+var errNeither = errors.New("neither a record nor an error")
+
+func recordOrError(r *comfyui.Record, err error) (*comfyui.Record, error) {
+	if r == nil && err == nil {
+		err = errNeither
+	}
+	return r, err
+}
+
+func (s exact) Create(ctx context.Context, r *comfyui.Record, ttl time.Duration) (*comfyui.Record, error) {
+	return recordOrError(s.Store.Create(ctx, r, ttl))
+}
+
+func (s exact) Get(ctx context.Context, jobID string) (*comfyui.Record, error) {
+	return recordOrError(s.Store.Get(ctx, jobID))
+}
+
+func (s exact) Update(ctx context.Context, r *comfyui.Record) (*comfyui.Record, error) {
+	return recordOrError(s.Store.Update(ctx, r))
+}
+
+func (s exact) Claim(ctx context.Context, jobID, owner string, ttl time.Duration) (*comfyui.Record, error) {
+	return recordOrError(s.Store.Claim(ctx, jobID, owner, ttl))
+}
+
+func (s exact) RequestCancel(ctx context.Context, jobID string) (*comfyui.Record, error) {
+	return recordOrError(s.Store.RequestCancel(ctx, jobID))
+}
+
+func (s exact) Unfinished(ctx context.Context, pod string) iter.Seq2[*comfyui.Record, error] {
+	return func(yield func(*comfyui.Record, error) bool) {
+		for r, err := range s.Store.Unfinished(ctx, pod) {
+			if !yield(recordOrError(r, err)) {
+				return
+			}
+		}
+	}
 }
 
 const (
@@ -242,7 +288,7 @@ func (f *fixture) wantHolder(r *comfyui.Record, owner string, epoch int64) {
 
 func difference(got, want *comfyui.Record) string {
 	if got == nil || want == nil {
-		return fmt.Sprintf("record %v, want %v", got, want)
+		return fmt.Sprintf("record %s, want %s", named(got), named(want))
 	}
 	if g, w := contentOf(got), contentOf(want); !bytes.Equal(g, w) {
 		return fmt.Sprintf("content\n%s\nwant\n%s", g, w)
@@ -252,6 +298,13 @@ func difference(got, want *comfyui.Record) string {
 			got.Owner, got.Epoch, got.Rev, got.CancelRequested, want.Owner, want.Epoch, want.Rev, want.CancelRequested)
 	}
 	return ""
+}
+
+func named(r *comfyui.Record) string {
+	if r == nil {
+		return "none"
+	}
+	return fmt.Sprintf("rev %d of owner %q in epoch %d", r.Rev, r.Owner, r.Epoch)
 }
 
 func contentOf(r *comfyui.Record) []byte {
