@@ -445,6 +445,52 @@ func TestS45CloseAtAnyMoment(t *testing.T) {
 	}
 }
 
+// The greeting comes when the client has said goodbye already, and the pod says nothing more: Close does not wait for it, with pings or
+// without.
+func TestS45CloseBeforeTheGreeting(t *testing.T) {
+	t.Parallel()
+	for _, ping := range []time.Duration{0, -1} {
+		t.Run(fmt.Sprintf("ping=%s", ping), func(t *testing.T) {
+			t.Parallel()
+			var over chan struct{}
+			late := comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					if !strings.HasSuffix(r.URL.Path, "/ws") {
+						next.ServeHTTP(w, r)
+						return
+					}
+					conn, err := upgrader.Upgrade(w, r, nil)
+					if err != nil {
+						return
+					}
+					defer conn.Close()
+					time.Sleep(500 * time.Millisecond)
+					_ = conn.WriteMessage(websocket.TextMessage, []byte(`{"type":"status","data":{"status":{"exec_info":{"queue_remaining":0}},"sid":"x"}}`))
+					select {
+					case <-over:
+					case <-time.After(time.Minute):
+					}
+				})
+			})
+			bubble(t, func(b *bench) {
+				over = make(chan struct{}) // of this bubble
+				defer close(over)
+				c := b.client(comfyui.WithTiming(comfyui.Timing{Ping: ping}))
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					_, err := c.Execute(b.ctx, graphOf(t, "Work", 1))
+					assert.ErrorIs(t, err, comfyui.ErrClosed)
+				})
+				time.Sleep(200 * time.Millisecond)
+				start := time.Now()
+				require.NoError(t, c.Close())
+				assert.Less(t, time.Since(start), 5*time.Second)
+				wg.Wait()
+			}, late)
+		})
+	}
+}
+
 // Close while a cancel waits for its end: that is told, and not that the job has ended.
 func TestS45CloseUnderACancel(t *testing.T) {
 	t.Parallel()

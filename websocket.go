@@ -292,12 +292,16 @@ func (l *listening) goodbye() {
 	_ = l.conn.SetReadDeadline(deadline) // listen ends with the pod's answer or by this
 }
 
-// alive gives the connection another two ping periods.
+// alive gives the connection another two ping periods; without pings it has all the time.
 func (l *listening) alive() {
-	if l.timing.Ping <= 0 || l.closing.Load() {
+	if l.closing.Load() {
 		return
 	}
-	_ = l.conn.SetReadDeadline(time.Now().Add(2 * l.timing.Ping))
+	var until time.Time
+	if l.timing.Ping > 0 {
+		until = time.Now().Add(2 * l.timing.Ping)
+	}
+	_ = l.conn.SetReadDeadline(until)
 	if l.closing.Load() { // just now: its deadline must not be lost
 		_ = l.conn.SetReadDeadline(time.Now().Add(closeWait))
 	}
@@ -319,9 +323,6 @@ func (l *listening) listen() error {
 		l.counters.frames.Add(1)
 		if !greeted {
 			greeted = true
-			if l.timing.Ping <= 0 {
-				_ = l.conn.SetReadDeadline(time.Time{})
-			}
 			l.sink.streamIn(l.stream, StreamUp, nil)
 		}
 		if kind == websocket.TextMessage {
@@ -402,8 +403,8 @@ func (s *stream) binaryFrame(r io.Reader) error {
 		return err
 	}
 	s.counters.frameBytes.Add(int64(len(data)))
-	b, need, err := s.decode.BinaryHeader(data)
-	if err != nil || need > len(data) || !whole || (b.PromptID != "" && !s.sink.follows([]byte(b.PromptID))) {
+	b, err := s.decode.Binary(data)
+	if err != nil || !whole || (b.PromptID != "" && !s.sink.follows([]byte(b.PromptID))) {
 		s.counters.framesSkipped.Add(1)
 		return nil //nolint:nilerr // as in textFrame
 	}
