@@ -143,18 +143,26 @@ func (t *routeTable) find(method, path string) (route, map[string]string, *answe
 		}
 		allowed = append(allowed, r.method)
 	}
-	if strings.HasPrefix(path, "/internal/") && allowed == nil {
-		return route{}, nil, textAnswer(http.StatusNotFound, "404: Not Found")
-	}
-	if method == "GET" || method == "HEAD" {
+	switch {
+	case takenAsStatic(path) && (method == "GET" || method == "HEAD"):
 		return route{}, nil, noRoute()
+	case takenAsStatic(path):
+		allowed = append(allowed, "GET", "HEAD")
+	case allowed == nil:
+		return route{}, nil, textAnswer(http.StatusNotFound, "404: Not Found")
+	case slices.Contains(allowed, "GET"):
+		allowed = append(allowed, "HEAD")
 	}
-	// The route for static files takes GET and HEAD of everything.
-	allowed = append(allowed, "GET", "HEAD")
 	slices.Sort(allowed)
 	refusal := textAnswer(http.StatusMethodNotAllowed, "405: Method Not Allowed")
 	refusal.header = http.Header{"Allow": {strings.Join(slices.Compact(allowed), ",")}}
 	return route{}, nil, refusal
+}
+
+// takenAsStatic tells whether the route for static files, of GET and HEAD, takes a path: that of everything, but for the application
+// under /internal and for two slashes in front.
+func takenAsStatic(path string) bool {
+	return path != "/internal" && !strings.HasPrefix(path, "/internal/") && !strings.HasPrefix(path, "//")
 }
 
 func (r *route) match(segments []string) (map[string]string, bool) {
