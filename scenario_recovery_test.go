@@ -1179,6 +1179,40 @@ func TestS39StoreForgets(t *testing.T) {
 	})
 }
 
+// The heir of a job opens a new attempt just when the store has lost the record: what brings that back is an epoch behind.
+func TestS39RecordOfAnHeirIsLostBeforeANewAttempt(t *testing.T) {
+	t.Parallel()
+	store := newFailover()
+	var lost atomic.Bool
+	fails := comfyuitest.Node{Output: true, Run: func(ctx context.Context, c *comfyuitest.Call) error {
+		if lost.Load() {
+			c.Save("images", "output", "late.png", []byte("png"))
+			return nil
+		}
+		if err := pause(ctx, 64*time.Second); err != nil { // between two renewals
+			return err
+		}
+		lost.Store(true)
+		store.to.Store(comfyui.NewMemoryStore())
+		return &comfyuitest.NodeError{ExceptionType: "torch.OutOfMemoryError", Message: "Allocation on device"}
+	}}
+	bubble(t, func(b *bench) {
+		p := b.process(store, nil)
+		background(b, p, graphOf(t, "Memory", 1), comfyui.WithJobID("the-job"))
+		time.Sleep(5 * time.Second)
+		p.kill()
+		heir := b.client(comfyui.WithStore(store))
+		r := recoverAll(b, heir)["the-job"]
+		require.NotNil(t, r)
+		assert.Equal(t, comfyui.StatusSucceeded, r.Status)
+		assert.Equal(t, 2, r.Attempt)
+		stored, err := store.Get(b.ctx, "the-job")
+		require.NoError(t, err)
+		assert.Equal(t, comfyui.StatusSucceeded, stored.Progress.Status)
+		assert.Zero(t, heir.Stats().StorePending)
+	}, comfyuitest.WithNode("Memory", fails))
+}
+
 // Who follows a job whose record the store has lost goes on: its owner brings the record back.
 func TestS39FollowerOfALostRecord(t *testing.T) {
 	t.Parallel()

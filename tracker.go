@@ -1849,15 +1849,16 @@ func (t *tracker) writeDue(j *tracked, now time.Time) {
 		w.pending = true
 		t.gauges.unwritten.Add(1)
 	}
+	lease := j.lease
 	if t.inMemory { // takes a lock, copies, and that is all: no reason to go through a worker
 		stored, err := t.writeRecord(t.ctx, &j.rec)
-		t.wrote(j, &j.rec, stored, err)
+		t.wrote(j, lease, &j.rec, stored, err)
 		return
 	}
 	rec := j.rec.Clone()
 	t.writing.do(func(ctx context.Context) func() {
 		stored, err := t.writeRecord(ctx, rec)
-		return func() { t.wrote(j, rec, stored, err) }
+		return func() { t.wrote(j, lease, rec, stored, err) }
 	})
 }
 
@@ -1891,13 +1892,14 @@ func (t *tracker) recreate(ctx context.Context, rec *Record) (*Record, error) {
 	return stored, nil
 }
 
-// wrote takes in the store's answer.
-func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
+// wrote takes in the store's answer to what was written under a lease.
+func (t *tracker) wrote(j *tracked, l *lease, rec, stored *Record, err error) {
+	if j.lease != l { // lost, and won again perhaps
+		return
+	}
 	now := time.Now()
 	j.write.busy = false
 	switch {
-	case j.lease == nil, rec.Epoch < j.rec.Epoch: // lost, and won again perhaps
-		return
 	case errors.Is(err, ErrFenced):
 		t.fenced(j, stored, now)
 		return
@@ -1913,9 +1915,8 @@ func (t *tracker) wrote(j *tracked, rec, stored *Record, err error) {
 		j.write.attempt = max(j.write.attempt, rec.Attempt)
 		j.rec.Epoch, j.rec.Rev = rec.Epoch, max(j.rec.Rev, rec.Rev)
 		j.lease.toldIntent(now)
-		if stored.CancelRequested && !j.rec.CancelRequested && !j.cancel.refused {
-			j.rec.CancelRequested = true
-			t.wantCancel(j, now)
+		if stored.CancelRequested {
+			t.learnIntent(j)
 		}
 	}
 	t.advance(j, now)
