@@ -17,6 +17,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"github.com/google/uuid"
 	"github.com/gorilla/websocket"
@@ -112,6 +113,11 @@ func (o *options) validate() error {
 	fault := func(format string, args ...any) { faults = append(faults, fmt.Errorf("comfyui: "+format, args...)) }
 	if o.name == "" {
 		fault("WithPodName: the name is empty")
+	}
+	for option, text := range map[string]string{"WithPodName": o.name, "WithClientID": o.clientID} {
+		if !utf8.ValidString(text) { // the record would hold another one
+			fault("%s: %q is not UTF-8", option, text)
+		}
 	}
 	if o.clientID == "" {
 		fault("WithClientID: the id is empty")
@@ -658,8 +664,8 @@ func (c *PodClient) jobOptions(w *Workflow, opts []JobOption) (*jobOptions, erro
 	if o.id == "" {
 		o.id, o.fresh = uuid.NewString(), true
 	}
-	if len(o.id) > maxJobID || strings.ContainsRune(o.id, 0) {
-		return o, fmt.Errorf("the job id must be at most %d bytes without NUL", maxJobID)
+	if len(o.id) > maxJobID || strings.ContainsRune(o.id, 0) || !utf8.ValidString(o.id) { // JSON has no place for other bytes
+		return o, fmt.Errorf("the job id must be at most %d bytes of UTF-8 without NUL", maxJobID)
 	}
 	if err := w.check(); err != nil {
 		return o, err

@@ -1458,6 +1458,8 @@ func TestNewPodClientSaysWhatIsWrong(t *testing.T) {
 		{"pod?token=%zz", nil, "the query of"},
 		{"pod", WithPodName(""), "WithPodName: "},
 		{"pod", WithClientID(""), "WithClientID: "},
+		{"pod", WithPodName("gpu\xff"), `WithPodName: "gpu\xff" is not UTF-8`},
+		{"pod", WithClientID("slot\xff"), `WithClientID: "slot\xff" is not UTF-8`},
 		{"pod", WithMaxInFlight(-1), "WithMaxInFlight: -1"},
 		{"pod", WithTiming(Timing{Lease: -1}), "WithTiming: Lease cannot be switched off"},
 		{"pod", WithTiming(Timing{ReconnectMin: time.Minute}), "WithTiming: ReconnectMax 30s is below"},

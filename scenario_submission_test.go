@@ -269,6 +269,29 @@ func TestS4OldPodLostReplyOfAShortJob(t *testing.T) {
 	}, comfyuitest.WithVersion("0.3.40"), comfyuitest.WithNode("Quick", comfyuitest.Steps(0, 0)))
 }
 
+// JSON has no place for what is not UTF-8: neither the marker nor the record would name the job, and a lost reply had it run twice.
+func TestS4JobIDsThatJSONCannotHold(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		b.pod.RefuseStreams(http.StatusForbidden)
+		c := b.client()
+		for _, id := range []string{"a\xffb", "a\x00b", strings.Repeat("x", 513)} {
+			_, err := c.Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID(id))
+			require.Error(t, err, "%q", id)
+			assert.Equal(t, comfyui.CategoryValidation, comfyui.CategoryOf(err))
+		}
+		assert.Zero(t, b.pod.Requests(""))
+
+		for i, id := range []string{"a\u2028<&>b", "\x7f\x01\n", "\ufffd", strings.Repeat("é", 256)} {
+			b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.DropAfter})
+			r, err := c.Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID(id))
+			succeeded(t, r, err)
+			assert.Equal(t, id, r.JobID)
+			assert.Len(t, b.pod.Prompts(), i+1, "posts")
+		}
+	}, comfyuitest.WithVersion("0.3.40"))
+}
+
 // Frames about the prompt come before the answer that names it, among the many steps of somebody else's.
 func TestS4S8FramesBeforeTheNameIsKnown(t *testing.T) {
 	t.Parallel()
