@@ -48,7 +48,7 @@ type PodClient struct {
 func NewPodClient(baseURL string, opts ...Option) (*PodClient, error) {
 	o, err := newOptions(baseURL, opts)
 	if err != nil {
-		return nil, err
+		return nil, &Error{Op: "new pod client", Category: CategoryValidation, Err: err}
 	}
 	c := &PodClient{opts: o, counters: &counters{}}
 	c.endpoint = newEndpoint(o, c.counters)
@@ -110,7 +110,7 @@ func newOptions(baseURL string, opts []Option) (*options, error) {
 // validate says what is wrong with the options.
 func (o *options) validate() error {
 	faults := []error{validateRetries(o.retry)}
-	fault := func(format string, args ...any) { faults = append(faults, fmt.Errorf("comfyui: "+format, args...)) }
+	fault := func(format string, args ...any) { faults = append(faults, fmt.Errorf(format, args...)) }
 	if o.name == "" {
 		fault("WithPodName: the name is empty")
 	}
@@ -150,7 +150,7 @@ func (o *options) validate() error {
 func (o *options) parseBase(baseURL string) error {
 	raw := strings.TrimSpace(baseURL)
 	if raw == "" {
-		return fmt.Errorf("comfyui: the pod's base URL is empty; give one such as http://127.0.0.1:8188")
+		return errors.New("the pod's base URL is empty; give one such as http://127.0.0.1:8188")
 	}
 	if scheme, _, ok := strings.Cut(raw, "://"); !ok || strings.ContainsAny(scheme, "/?#@") { // a query can hold a URL
 		raw = "http://" + raw
@@ -158,7 +158,7 @@ func (o *options) parseBase(baseURL string) error {
 	u, err := url.Parse(raw)
 	if err != nil {
 		// url.Error repeats the URL, which can hold a password.
-		return fmt.Errorf("comfyui: the pod's base URL cannot be parsed; give one such as http://127.0.0.1:8188")
+		return errors.New("the pod's base URL cannot be parsed; give one such as http://127.0.0.1:8188")
 	}
 	switch u.Scheme {
 	case "http", "https":
@@ -167,19 +167,19 @@ func (o *options) parseBase(baseURL string) error {
 	case "wss":
 		u.Scheme = "https"
 	default:
-		return fmt.Errorf("comfyui: the pod's base URL has the scheme %q; use http or https", u.Scheme)
+		return fmt.Errorf("the pod's base URL has the scheme %q; use http or https", u.Scheme)
 	}
 	if u.Host == "" {
-		return fmt.Errorf("comfyui: the pod's base URL names no host; give one such as http://127.0.0.1:8188")
+		return errors.New("the pod's base URL names no host; give one such as http://127.0.0.1:8188")
 	}
 	if port := u.Port(); port != "" {
 		if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-			return fmt.Errorf("comfyui: the pod's base URL has the port %s; ports end at 65535", port)
+			return fmt.Errorf("the pod's base URL has the port %s; ports end at 65535", port)
 		}
 	}
 	query, err := url.ParseQuery(u.RawQuery)
 	if err != nil {
-		return fmt.Errorf("comfyui: the query of the pod's base URL cannot be parsed")
+		return errors.New("the query of the pod's base URL cannot be parsed")
 	}
 	o.query, o.userinfo = query, u.User
 	u.User, u.RawQuery, u.Fragment, u.RawFragment = nil, "", "", ""

@@ -1032,11 +1032,14 @@ type redisOptions struct {
 // I/O. It refuses nil and *redis.Ring, on which a rehash would fork the truth. It needs Redis 6.2 or later, with
 // maxmemory-policy noeviction: a Redis that evicts keys loses jobs.
 func NewRedisStore(client redis.UniversalClient, opts ...RedisOption) (*RedisStore, error) {
+	refuse := func(format string, args ...any) (*RedisStore, error) {
+		return nil, &Error{Op: "new redis store", Category: CategoryValidation, Err: fmt.Errorf(format, args...)}
+	}
 	if isNil(client) {
-		return nil, errors.New("comfyui: NewRedisStore needs a Redis client")
+		return refuse("NewRedisStore needs a Redis client")
 	}
 	if _, ring := client.(*redis.Ring); ring {
-		return nil, errors.New("comfyui: a *redis.Ring cannot hold jobs: when a node goes, their keys move and a job gets a second record; use a single Redis, Sentinel or Cluster")
+		return refuse("a *redis.Ring cannot hold jobs: when a node goes, their keys move and a job gets a second record; use a single Redis, Sentinel or Cluster")
 	}
 	o := redisOptions{prefix: "comfyui", shards: 16, callTimeout: 5 * time.Second}
 	for _, opt := range opts {
@@ -1046,11 +1049,11 @@ func NewRedisStore(client redis.UniversalClient, opts ...RedisOption) (*RedisSto
 	}
 	switch {
 	case o.prefix == "" || strings.ContainsAny(o.prefix, "{}"):
-		return nil, fmt.Errorf("comfyui: the Redis prefix %q is empty or has a brace, which would move keys to other slots", o.prefix)
+		return refuse("the Redis prefix %q is empty or has a brace, which would move keys to other slots", o.prefix)
 	case o.shards < 1 || o.shards > maxRedisShards:
-		return nil, fmt.Errorf("comfyui: %d Redis shards; use 1 to %d", o.shards, maxRedisShards)
+		return refuse("%d Redis shards; use 1 to %d", o.shards, maxRedisShards)
 	case o.callTimeout <= 0:
-		return nil, fmt.Errorf("comfyui: the Redis call timeout %v is not positive", o.callTimeout)
+		return refuse("the Redis call timeout %v is not positive", o.callTimeout)
 	}
 	return &RedisStore{client: impatient(client, o.callTimeout), options: o}, nil
 }
@@ -1252,7 +1255,7 @@ func (w *redisWalk) send(ctx context.Context, found ...foundRecord) bool {
 // for failed.
 func (w *redisWalk) run(ctx context.Context) {
 	cursors := make(map[int]string, w.options.shards) // of the shards that have more
-	for shard := range w.options.shards {
+	for shard := range max(1, w.options.shards) { // a zero store fails, instead of having no jobs
 		cursors[shard] = "0"
 	}
 	seen := map[string]struct{}{} // ZSCAN may repeat an entry

@@ -53,6 +53,7 @@ func TestNewRedisStoreRefuses(t *testing.T) {
 			t.Parallel()
 			s, err := comfyui.NewRedisStore(tt.client, tt.opts...)
 			require.ErrorContains(t, err, tt.want)
+			assert.Equal(t, comfyui.CategoryValidation, comfyui.CategoryOf(err))
 			assert.Nil(t, s)
 		})
 	}
@@ -62,6 +63,12 @@ func TestNewRedisStoreRefuses(t *testing.T) {
 	assert.Equal(t, comfyui.CategoryStorage, comfyui.CategoryOf(err))
 	_, err = new(comfyui.RedisStore).Get(t.Context(), "job")
 	assert.Equal(t, comfyui.CategoryStorage, comfyui.CategoryOf(err), "a zero store answers too")
+	walked := 0
+	for _, err := range new(comfyui.RedisStore).Unfinished(t.Context(), "") {
+		assert.Equal(t, comfyui.CategoryStorage, comfyui.CategoryOf(err))
+		walked++
+	}
+	assert.Equal(t, 1, walked, "it does not say that there are no jobs")
 }
 
 // droppingProxy stands between go-redis and Redis and loses every nth reply: the command was carried out, and go-redis, which

@@ -78,7 +78,7 @@ func validateRetries(policies map[Category]RetryPolicy) error {
 	var faults []error
 	for c, p := range policies {
 		if err := p.validate(); err != nil {
-			faults = append(faults, fmt.Errorf("comfyui: the retry policy for %q is invalid: %w", c, err))
+			faults = append(faults, fmt.Errorf("the retry policy for %q is invalid: %w", c, err))
 		}
 	}
 	slices.SortFunc(faults, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })

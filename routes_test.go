@@ -1475,6 +1475,9 @@ func TestNewPodClientSaysWhatIsWrong(t *testing.T) {
 		_, err := NewPodClient(c.url, c.opt)
 		require.ErrorContains(t, err, c.says)
 		assert.NotContains(t, err.Error(), "s3cret")
+		var e *Error
+		require.ErrorAs(t, err, &e)
+		assert.Equal(t, CategoryValidation, e.Category, "%v", err)
 	}
 	_, err := NewPodClient(" ws://[::1]:8188/prefix/?token=x ", nil, WithStore(nil), WithHTTPClient(nil), WithDialer(nil), WithHeaderFunc(nil),
 		WithLogger(nil), WithJobDefaults(nil), WithHeader("X-Name", "Zoë\tB"))

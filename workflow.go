@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"iter"
 	"math"
 	"os"
@@ -73,14 +74,22 @@ type Link struct {
 func LoadWorkflow(path string) (*Workflow, error) {
 	file, err := os.Open(path)
 	if err != nil {
-		return nil, fmt.Errorf("comfyui: load workflow: %w", err) // the error names the path
+		return nil, loadError(err) // it names the path
 	}
 	defer func() { _ = file.Close() }() // it was only read
 	w, err := readWorkflow(file)
 	if err != nil {
-		return nil, fmt.Errorf("comfyui: load workflow %s: %w", path, err)
+		return nil, loadError(fmt.Errorf("%s: %w", path, err))
 	}
 	return w, nil
+}
+
+func loadError(err error) *Error {
+	e := &Error{Op: "load workflow", Category: CategoryValidation, Err: err}
+	if errors.Is(err, fs.ErrNotExist) {
+		e.Category = CategoryNotFound
+	}
+	return e
 }
 
 func readWorkflow(file *os.File) (*Workflow, error) {

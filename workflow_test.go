@@ -91,7 +91,10 @@ func TestLoadWorkflowErrors(t *testing.T) {
 	}
 	_, err := LoadWorkflow(filepath.Join(dir, "none.json"))
 	require.ErrorIs(t, err, fs.ErrNotExist)
-	assert.ErrorContains(t, err, "none.json")
+	require.ErrorContains(t, err, "none.json")
+	var e *Error
+	require.ErrorAs(t, err, &e)
+	assert.Equal(t, CategoryNotFound, e.Category)
 
 	for path, want := range map[string]string{
 		dir:                                   "it is a directory",
@@ -103,6 +106,7 @@ func TestLoadWorkflowErrors(t *testing.T) {
 		_, err := LoadWorkflow(path)
 		require.ErrorContains(t, err, want)
 		require.ErrorContains(t, err, path, "it says which file")
+		require.ErrorAs(t, err, &e)
 		assert.Equal(t, CategoryValidation, CategoryOf(err))
 	}
 }
