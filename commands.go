@@ -1269,7 +1269,7 @@ func (t *tracker) removeDuplicate(j *tracked, promptID string, looked time.Time)
 func (j *Job) Cancel(ctx context.Context) error {
 	const op = "cancel"
 	select {
-	case <-j.done:
+	case <-j.Done():
 		return j.ended(op)
 	default:
 	}

@@ -124,7 +124,8 @@ func (l Limits) stall() time.Duration {
 	return l.Stall
 }
 
-// Job is a handle to one job. It is safe for concurrent use; any number of handles may stand for one job.
+// Job is a handle to one job. It is safe for concurrent use; any number of handles may stand for one job. A zero Job has no client:
+// it is done, and answers with ErrClosed.
 type Job struct {
 	client *PodClient
 	id     string
@@ -207,7 +208,7 @@ func (j *Job) Events(ctx context.Context) iter.Seq[Event] {
 			case <-q.wake:
 			case <-ctx.Done():
 				return
-			case <-j.done:
+			case <-j.Done():
 				if q.empty() { // the client is closed, and nothing is left to tell
 					return
 				}
@@ -265,12 +266,12 @@ func (j *Job) unsubscribe(q *eventQueue) {
 // what there is of outputs. When ctx ends first the error has CategoryContext and the job goes on; after Close it is ErrClosed.
 func (j *Job) Wait(ctx context.Context) (*Result, error) {
 	select {
-	case <-j.done:
+	case <-j.Done():
 		return j.outcome()
 	default:
 	}
 	select {
-	case <-j.done:
+	case <-j.Done():
 		return j.outcome()
 	case <-ctx.Done():
 		return nil, j.contextError("wait", ctx)
@@ -278,6 +279,9 @@ func (j *Job) Wait(ctx context.Context) (*Result, error) {
 }
 
 func (j *Job) outcome() (*Result, error) {
+	if j.done == nil {
+		return nil, j.client.closedError("wait", j.id)
+	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	return j.result.clone(), j.err
@@ -294,7 +298,19 @@ func (j *Job) contextError(op string, ctx context.Context) *Error {
 }
 
 // Done is closed when Wait would return at once: the job has ended, or the client is closed.
-func (j *Job) Done() <-chan struct{} { return j.done }
+func (j *Job) Done() <-chan struct{} {
+	if j.done == nil {
+		return noJob
+	}
+	return j.done
+}
+
+// noJob is the Done of a zero Job.
+var noJob = func() chan struct{} {
+	closed := make(chan struct{})
+	close(closed)
+	return closed
+}()
 
 // publish shows observers where the job stands and what happened. It is called by the tracker alone.
 func (j *Job) publish(r *Record, evs []Event) {

@@ -631,6 +631,34 @@ func TestEndedContextOfEveryCall(t *testing.T) {
 	})
 }
 
+func TestZeroHandles(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var j comfyui.Job
+		_, err := j.Wait(t.Context())
+		require.ErrorIs(t, err, comfyui.ErrClosed)
+		require.ErrorIs(t, j.Cancel(t.Context()), comfyui.ErrClosed)
+		<-j.Done()
+		for ev := range j.Events(t.Context()) {
+			assert.Equal(t, comfyui.EventSnapshot, ev.Kind)
+		}
+		assert.Empty(t, j.ID()+j.PromptID()+j.Pod())
+		assert.Zero(t, j.Progress())
+
+		var c comfyui.PodClient
+		_, err = c.Execute(t.Context(), nil)
+		require.ErrorIs(t, err, comfyui.ErrClosed)
+		_, err = c.Attach(t.Context(), "x")
+		require.ErrorIs(t, err, comfyui.ErrClosed)
+		for _, err := range c.Recover(t.Context()) {
+			require.ErrorIs(t, err, comfyui.ErrClosed)
+		}
+		_, err = c.Queue(t.Context())
+		require.ErrorIs(t, err, comfyui.ErrClosed)
+		require.NoError(t, c.Close())
+	})
+}
+
 func TestNilOptionsChangeNothing(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(b *bench) {
