@@ -633,6 +633,7 @@ func (c *PodClient) endedJob(rec *Record, onEvent []func(Event)) *Job {
 	j := newJob(c, rec)
 	j.accepted = true
 	last := terminalEvent(rec)
+	last.Outputs = c.outputsFrom(rec.Pod, last.Outputs)
 	var err error
 	if rec.Failure != nil {
 		err = rec.Failure

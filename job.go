@@ -393,13 +393,9 @@ type Result struct {
 }
 
 func resultOf(r *Record, c *PodClient) *Result {
-	outs := append(make([]Output, 0, len(r.Outputs)), r.Outputs...) // in JSON a list, also when it is empty
-	for i := range outs {
-		outs[i].pod = c
-	}
 	return &Result{
 		JobID: r.JobID, PromptID: r.PromptID, Pod: r.Pod, Attempt: r.Attempt, Status: r.Progress.Status,
-		Labels: maps.Clone(r.Labels), Outputs: outs, Warnings: slices.Clone(r.Warnings), CachedNodes: slices.Clone(r.CachedNodes),
+		Labels: maps.Clone(r.Labels), Outputs: c.outputsFrom(r.Pod, r.Outputs), Warnings: slices.Clone(r.Warnings), CachedNodes: slices.Clone(r.CachedNodes),
 		CreatedAt: r.CreatedAt, StartedAt: r.StartedAt, FinishedAt: r.FinishedAt,
 	}
 }

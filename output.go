@@ -73,11 +73,24 @@ type Output struct {
 	File *FileRef        `json:"file,omitempty"`
 	Text string          `json:"text,omitempty"`
 	Raw  json.RawMessage `json:"raw,omitempty"`
-	pod  *PodClient      // nil after decoding by hand: then use PodClient.Open
+	pod  *PodClient      // nil after decoding by hand, and for another pod's: then use PodClient.Open
 }
 
-// Open downloads the file, as PodClient.Open does. An Output that is no file, and one that was decoded from JSON by hand, is an
-// Error of CategoryValidation; for the latter use PodClient.Open with its File.
+// outputsFrom are copies of what a job has put out on the named pod, which open there. On another pod, which can have a file of that
+// name too, they do not.
+func (c *PodClient) outputsFrom(pod string, outs []Output) []Output {
+	if pod != c.Name() {
+		c = nil
+	}
+	copies := append(make([]Output, 0, len(outs)), outs...) // in JSON a list, also when it is empty
+	for i := range copies {
+		copies[i].pod = c
+	}
+	return copies
+}
+
+// Open downloads the file, as PodClient.Open does. An Output that is no file, one that was decoded from JSON by hand, and one
+// of a job that ended on another pod than the client's, is an Error of CategoryValidation; for the latter two use PodClient.Open with its File.
 func (o Output) Open(ctx context.Context) (io.ReadCloser, error) {
 	if err := o.check(viewOp); err != nil {
 		return nil, err
@@ -113,7 +126,7 @@ func (o Output) check(op string) error {
 	case o.File == nil:
 		return &Error{Op: op, Pod: o.pod.Name(), Category: CategoryValidation, Err: fmt.Errorf("output %q of node %q is no file", o.Key, o.Node)}
 	case o.pod == nil:
-		return &Error{Op: op, Category: CategoryValidation, Err: errors.New("the output was decoded from JSON and knows no pod; use PodClient.Open with its File")}
+		return &Error{Op: op, Category: CategoryValidation, Err: errors.New("the output knows no pod: it was decoded from JSON, or its job ended on another pod; use PodClient.Open with its File")}
 	}
 	return nil
 }

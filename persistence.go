@@ -1255,7 +1255,7 @@ func (w *redisWalk) send(ctx context.Context, found ...foundRecord) bool {
 // for failed.
 func (w *redisWalk) run(ctx context.Context) {
 	cursors := make(map[int]string, w.options.shards) // of the shards that have more
-	for shard := range max(1, w.options.shards) { // a zero store fails, instead of having no jobs
+	for shard := range max(1, w.options.shards) {     // a zero store fails, instead of having no jobs
 		cursors[shard] = "0"
 	}
 	seen := map[string]struct{}{} // ZSCAN may repeat an entry

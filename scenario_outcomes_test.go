@@ -9,6 +9,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/stretchr/testify/assert"
@@ -519,4 +520,72 @@ func TestS33TotalWhileThePostIsInDoubt(t *testing.T) {
 			})
 		})
 	}
+}
+
+// Whoever hears of an output can open it: while the job runs too, and where another process drives it.
+func TestOutputsOfEventsOpen(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		var mu sync.Mutex
+		told := map[string]int{}
+		opens := func(who string) func(comfyui.Event) {
+			return func(ev comfyui.Event) {
+				for _, o := range ev.Outputs {
+					body, err := o.Open(b.ctx)
+					if assert.NoError(t, err, "%s: %s", who, ev.Kind) {
+						assert.NoError(t, body.Close())
+					}
+					mu.Lock()
+					told[who+" "+string(ev.Kind)]++
+					mu.Unlock()
+				}
+			}
+		}
+		c := b.client(comfyui.WithStore(store), comfyui.WithHooks(comfyui.Hooks{Event: opens("hook")}))
+		follower := b.client(comfyui.WithStore(store), comfyui.WithJobDefaults(comfyui.OnEvent(opens("follower"))))
+		_, err := c.Submit(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("j"), comfyui.OnEvent(opens("callback")))
+		require.NoError(t, err)
+		j, err := follower.Attach(b.ctx, "j")
+		require.NoError(t, err)
+		_, err = j.Wait(b.ctx)
+		require.NoError(t, err)
+		_, err = follower.Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("j")) // the end again
+		require.NoError(t, err)
+		synctest.Wait()
+		mu.Lock()
+		defer mu.Unlock()
+		assert.Equal(t, map[string]int{
+			"hook output": 1, "hook succeeded": 1, "callback output": 1, "callback succeeded": 1, "follower succeeded": 2,
+		}, told)
+	})
+}
+
+// Pods give equal names to the files of different jobs.
+func TestOutputsOfAnotherPodAreNotOpenedHere(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		store := comfyui.NewMemoryStore()
+		_, err := b.client(comfyui.WithStore(store), comfyui.WithPodName("there")).Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("j"))
+		require.NoError(t, err)
+
+		here := b.client(comfyui.WithStore(store), comfyui.WithPodName("here"))
+		j, err := here.Attach(b.ctx, "j")
+		require.NoError(t, err)
+		r, err := j.Wait(b.ctx)
+		succeeded(t, r, err)
+		assert.Equal(t, "there", r.Pod)
+		_, err = r.Outputs[0].Open(b.ctx)
+		require.ErrorContains(t, err, "another pod")
+		assert.Equal(t, comfyui.CategoryValidation, comfyui.CategoryOf(err))
+		_, err = r.SaveAll(b.ctx, t.TempDir())
+		require.ErrorContains(t, err, "another pod")
+		for ev := range j.Events(b.ctx) {
+			for _, o := range ev.Outputs {
+				_, err = o.Open(b.ctx)
+				require.Error(t, err)
+			}
+		}
+		assert.Zero(t, b.pod.Requests("GET /view"))
+	})
 }

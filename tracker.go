@@ -739,6 +739,11 @@ func (t *tracker) observe(j *tracked, o observation, now time.Time) bool {
 
 // spread shows events to observers and the store; the end waits for its record.
 func (t *tracker) spread(j *tracked, evs []Event, now time.Time) {
+	for i := range evs {
+		if len(evs[i].Outputs) > 0 {
+			evs[i].Outputs = t.client.outputsFrom(j.rec.Pod, evs[i].Outputs)
+		}
+	}
 	if last := &evs[len(evs)-1]; last.Kind.terminal() {
 		end := *last
 		j.end = &end
