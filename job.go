@@ -376,7 +376,7 @@ func (j *Job) finish(r *Result, err error, last *Event) {
 	j.letGo() // Submit looks then whether the job has ended
 }
 
-// Result is how a job ended. For a job that failed or was cancelled it holds what there is.
+// Result is how a job ended, the same for all who ask. For a job that failed or was cancelled it holds what there is. Times are in UTC.
 type Result struct {
 	JobID       string            `json:"job_id"`
 	PromptID    string            `json:"prompt_id"`
@@ -396,9 +396,12 @@ func resultOf(r *Record, c *PodClient) *Result {
 	return &Result{
 		JobID: r.JobID, PromptID: r.PromptID, Pod: r.Pod, Attempt: r.Attempt, Status: r.Progress.Status,
 		Labels: maps.Clone(r.Labels), Outputs: c.outputsFrom(r.Pod, r.Outputs), Warnings: slices.Clone(r.Warnings), CachedNodes: slices.Clone(r.CachedNodes),
-		CreatedAt: r.CreatedAt, StartedAt: r.StartedAt, FinishedAt: r.FinishedAt,
+		CreatedAt: calendar(r.CreatedAt), StartedAt: calendar(r.StartedAt), FinishedAt: calendar(r.FinishedAt),
 	}
 }
+
+// calendar is t as every process reads it from the store: in UTC, without the clock of the process that took it.
+func calendar(t time.Time) time.Time { return t.Round(0).UTC() }
 
 func (r *Result) clone() *Result {
 	if r == nil {

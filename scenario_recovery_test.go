@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"reflect"
 	"slices"
 	"strings"
 	"sync"
@@ -1665,6 +1666,22 @@ func waitFor(ctx context.Context, so func() bool) error {
 		}
 	}
 	return nil
+}
+
+// What the store gives back is what the first caller was given, to the last field.
+func TestS36StoredResultsAreEqual(t *testing.T) {
+	t.Parallel()
+	onRedis(t, func(t *testing.T, b *bench, _ *redisServer, store *comfyui.RedisStore) {
+		c := b.client(comfyui.WithStore(store))
+		for class, fails := range map[string]bool{"Work": false, "Nope": true} {
+			opts := []comfyui.JobOption{comfyui.WithJobID(class), comfyui.WithLabels(map[string]string{"of": class})}
+			first, firstErr := c.Execute(b.ctx, graphOf(t, class, 1), opts...)
+			again, againErr := c.Execute(b.ctx, graphOf(t, class, 1), opts...)
+			assert.Equal(t, fails, firstErr != nil, "%s: %v", class, firstErr)
+			assert.Equal(t, fmt.Sprint(firstErr), fmt.Sprint(againErr))
+			assert.True(t, reflect.DeepEqual(first, again), "%s: %+v and %+v", class, first, again)
+		}
+	})
 }
 
 func TestS35FencedOnRedis(t *testing.T) {
