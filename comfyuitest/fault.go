@@ -300,8 +300,16 @@ func (f Fault) truncate(next http.Handler, w http.ResponseWriter, r *http.Reques
 	w.WriteHeader(rec.status)
 	_, _ = w.Write(rec.body.Bytes()[:rec.body.Len()/2])
 	_ = http.NewResponseController(w).Flush()
+	drained(r)
 	f.wait(r)
 	resetRequest(w)
+}
+
+// drained waits until the client has got what was written: the reset would take back the rest.
+func drained(r *http.Request) {
+	conn, overTCP := r.Context().Value(connKey{}).(*net.TCPConn)
+	for overTCP && unsent(conn) > 0 && wait(r.Context(), time.Millisecond) {
+	}
 }
 
 // truncateSocket lets the handshake and half of what came with it through.

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -215,6 +216,44 @@ func TestAnswerToALargeBody(t *testing.T) {
 			go func() { _, _ = more.Write(make([]byte, 2<<20)) }()
 			post(endless)
 		})
+	}
+}
+
+// TestHalfOfALargeBody: all of the half, however slowly the client reads, unless it goes away.
+func TestHalfOfALargeBody(t *testing.T) {
+	t.Parallel()
+	for _, opts := range [][]Option{nil, {WithPipes()}} {
+		const size = 4 << 20
+		p := Start(t, append(opts, WithNode("Save", scripted(func(c *Call) error {
+			c.Save("images", "output", "x.bin", make([]byte, size))
+			return nil
+		})))...)
+		queue1(t, p, graphOf("1", "Save", nil), "")
+		require.NoError(t, p.WaitIdle(t.Context()))
+		p.Inject(Fault{Route: "GET /view", Effect: Truncate, Times: -1})
+		download := func(read func(body io.Reader)) {
+			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, p.URL()+"/view?filename=x.bin", nil)
+			require.NoError(t, err)
+			resp, err := p.Client().Do(req)
+			require.NoError(t, err)
+			require.Equal(t, int64(size), resp.ContentLength)
+			read(resp.Body)
+			require.NoError(t, resp.Body.Close())
+		}
+		for range 5 {
+			download(func(body io.Reader) {
+				got := 0
+				for buf := make([]byte, 64<<10); ; runtime.Gosched() {
+					n, err := body.Read(buf)
+					if got += n; err != nil {
+						require.ErrorIs(t, err, syscall.ECONNRESET)
+						break
+					}
+				}
+				require.Equal(t, size/2, got)
+			})
+		}
+		download(func(io.Reader) {})
 	}
 }
 

@@ -515,7 +515,10 @@ type process struct {
 	number int64 // the counter of POST /prompt; used on the loop only
 }
 
-type processKey struct{}
+type (
+	processKey struct{}
+	connKey    struct{}
+)
 
 // boot makes a new process the pod's. The caller holds mu.
 func (p *Pod) boot() {
@@ -535,6 +538,9 @@ func (p *Pod) boot() {
 	proc.server = &http.Server{
 		Handler:     p.handler,
 		BaseContext: func(net.Listener) context.Context { return base },
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, conn)
+		},
 		ConnState:   p.tasks.connState,
 		ErrorLog:    log.New(io.Discard, "", 0),
 		IdleTimeout: 75 * time.Second, // aiohttp's keepalive_timeout
