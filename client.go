@@ -682,7 +682,7 @@ func (c *PodClient) jobOptions(w *Workflow, opts []JobOption) (*jobOptions, erro
 		if in.open == nil {
 			return o, fmt.Errorf("WithInput: node %q, input %q: open is nil", in.node, in.input)
 		}
-		if _, err := w.Get(in.node, in.input); err != nil {
+		if err := w.hasInput(in.node, in.input); err != nil {
 			return o, fmt.Errorf("WithInput: %w", err)
 		}
 	}

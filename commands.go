@@ -222,7 +222,7 @@ func (t *tracker) post(j *tracked) {
 // something, a later one; the newest first. What came before the record's attempt is known to be over.
 func (t *tracker) allAttempts(j *tracked) []sought {
 	most := j.rec.Attempt
-	for _, c := range []Category{CategoryLost, CategoryOutOfMemory, CategoryPodFault, CategoryInterrupted, CategoryExecution, CategoryMissingAsset} {
+	for _, c := range newAttempts {
 		most = max(most, j.rec.Attempt-1+min(t.retrier.attempts(c), maxSoughtAttempts))
 	}
 	all := make([]sought, 0, most-j.rec.Attempt+1)

@@ -463,20 +463,22 @@ func (e *emitter) terminalFrame(m *wire.Message) {
 }
 
 func (e *emitter) cached(nodes []string) {
-	r := &e.s.rec
+	e.s.cached(nodes)
+	if len(nodes) > 0 {
+		e.s.attempt.base = e.s.rec.Progress.Fraction
+		e.emit(Event{Kind: EventCached})
+	}
+}
+
+// cached notes nodes that the pod did not have to run: the stream tells of them, and the history to who has not heard it.
+func (s *jobState) cached(nodes []string) {
 	for _, id := range nodes {
-		n, own := e.s.node(id, "")
-		if own && !n.done {
+		if n, own := s.node(id, ""); own && !n.done {
 			n.done = true
-			r.CachedNodes = append(r.CachedNodes, id)
+			s.rec.CachedNodes = append(s.rec.CachedNodes, id)
 		}
 	}
-	if len(nodes) == 0 {
-		return
-	}
-	e.s.sum()
-	e.s.attempt.base = r.Progress.Fraction
-	e.emit(Event{Kind: EventCached})
+	s.sum()
 }
 
 // executing: on pods without progress_state it is all that tells when the node before is done.
@@ -609,32 +611,19 @@ func (e *emitter) history(o obsHistory) {
 		return
 	}
 	e.seen(o.entry.Number)
-	last := o.entry.Terminal()
 	for i := range o.entry.Messages {
 		if m := &o.entry.Messages[i]; m.Type == wire.ExecutionCached {
-			e.cachedAfterwards(m.Cached)
+			e.s.cached(m.Cached)
 		}
 	}
-	if last == nil {
-		if o.entry.Status != "success" {
-			e.judged(&verdict{err: e.s.failure(CategoryExecution, fmt.Errorf("the pod's history has status %q and no message that tells why", o.entry.Status))})
-			return
-		}
+	switch last := o.entry.Terminal(); {
+	case last != nil:
+		e.ended(last, o.outputs)
+	case o.entry.Status == "success":
 		e.succeed(o.outputs)
-		return
+	default:
+		e.judged(&verdict{err: e.s.failure(CategoryExecution, fmt.Errorf("the pod's history has status %q and no message that tells why", o.entry.Status))})
 	}
-	e.ended(last, o.outputs)
-}
-
-// cachedAfterwards takes the cached nodes from the history of a job whose frames were not heard.
-func (e *emitter) cachedAfterwards(nodes []string) {
-	for _, id := range nodes {
-		if n, own := e.s.node(id, ""); own && !n.done {
-			n.done = true
-			e.s.rec.CachedNodes = append(e.s.rec.CachedNodes, id)
-		}
-	}
-	e.s.sum()
 }
 
 // ended takes a terminal message, of the history or, failing that, of the stream.
@@ -711,12 +700,9 @@ func (e *emitter) end(status Status, err *Error) {
 	default:
 		kind = EventFailed
 	}
-	if err != nil {
-		err.Status = status
-	}
 	ev := Event{Kind: kind, Outputs: r.Outputs}
 	if err != nil {
-		ev.Err = err
+		err.Status, ev.Err = status, err
 	}
 	e.emit(ev)
 	e.s.attempt = attemptState{}

@@ -951,17 +951,11 @@ func (t *tracker) warnOfLeftover(j *tracked, now time.Time) {
 }
 
 // newAttempts are the categories for which a new attempt can help on the same pod.
-func newAttempts(c Category) bool {
-	switch c {
-	case CategoryLost, CategoryOutOfMemory, CategoryPodFault, CategoryInterrupted, CategoryExecution, CategoryMissingAsset:
-		return true
-	}
-	return false
-}
+var newAttempts = []Category{CategoryLost, CategoryOutOfMemory, CategoryPodFault, CategoryInterrupted, CategoryExecution, CategoryMissingAsset}
 
 func (t *tracker) retryOrFail(j *tracked, err *Error, now time.Time) {
 	wait, again := t.retrier.next(err, j.rec.Attempt-j.first+1, now.Sub(j.rec.CreatedAt))
-	if !again || !newAttempts(err.Category) || j.rec.Options.AtMostOnce || errors.Is(err, ErrRemoved) {
+	if !again || !slices.Contains(newAttempts, err.Category) || j.rec.Options.AtMostOnce || errors.Is(err, ErrRemoved) {
 		t.finishFailed(j, StatusFailed, err, now)
 		return
 	}
@@ -998,7 +992,6 @@ func (t *tracker) leaveAttempt(j *tracked) {
 
 // finishFailed ends the job other than well.
 func (t *tracker) finishFailed(j *tracked, status Status, err *Error, now time.Time) {
-	err.Status = status
 	t.observe(j, obsEnd{status, err}, now)
 }
 
@@ -2285,11 +2278,15 @@ func (t *tracker) missedRecord(j *tracked, now time.Time) {
 func (t *tracker) vanishedRecord(j *tracked) {
 	j.unwatch()
 	j.finished, j.concluded = true, true
-	j.handle.finish(nil, &Error{
-		Op: "wait", Pod: t.opts.name, JobID: j.rec.JobID, PromptID: j.rec.PromptID, Attempt: j.rec.Attempt, Status: j.rec.Progress.Status,
-		Category: CategoryOf(ErrJobNotFound), Err: ErrJobNotFound,
-	}, nil)
+	j.handle.finish(nil, j.noEnd(ErrJobNotFound), nil)
 	t.forget(j)
+}
+
+// noEnd is what Wait returns in place of an end.
+func (j *tracked) noEnd(cause error) *Error {
+	e := j.failure(CategoryOf(cause), cause)
+	e.Op = "wait"
+	return e
 }
 
 // ears hear what the store tells of the jobs that others drive, on one goroutine for all of them: the store tells under locks of
@@ -2589,10 +2586,7 @@ func (t *tracker) abandon() {
 		j.stopPosting()
 		j.unwatch()
 		if !j.finished {
-			j.handle.finish(nil, &Error{
-				Op: "wait", Pod: t.opts.name, JobID: j.rec.JobID, PromptID: j.rec.PromptID, Attempt: j.rec.Attempt,
-				Status: j.rec.Progress.Status, Category: CategoryClosed, Err: ErrClosed,
-			}, nil)
+			j.handle.finish(nil, j.noEnd(ErrClosed), nil)
 		}
 	}
 }

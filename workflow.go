@@ -778,9 +778,6 @@ func (g *graphInfo) node(id string) (class, title string, ok bool) {
 	return g.nodes[at].class, g.nodes[at].title, true
 }
 
-// len is the number of nodes in the workflow. Which of them will run only the server knows: those that lead to an output node.
-func (g *graphInfo) len() int { return len(g.nodes) }
-
 // plannedSteps is the number of steps that a node says in its inputs that it will make; 0: it says none, or a link does.
 func (n *graphNode) plannedSteps() float64 {
 	raw := rawjson.Field(rawjson.Field(n.raw, "inputs"), "steps")

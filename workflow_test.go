@@ -372,7 +372,7 @@ func TestEmptyWorkflow(t *testing.T) {
 		require.ErrorAs(t, w.check(), &invalid, name)
 		assert.Contains(t, invalid.Error(), "LoadWorkflow")
 		assert.NotEmpty(t, w.hash())
-		assert.Equal(t, 0, w.graphInfo().len())
+		assert.Equal(t, 0, len(w.graphInfo().nodes))
 		data, err := w.MarshalJSON()
 		require.NoError(t, err)
 		assert.Equal(t, map[bool]string{true: "null", false: "{}"}[w == nil], string(data))
@@ -389,13 +389,13 @@ func TestUnmarshalWorkflow(t *testing.T) {
 	assert.Nil(t, in.X)
 	assert.Equal(t, "{}", marshalled(t, in.Y))
 	require.NoError(t, in.W.UnmarshalJSON([]byte("null")))
-	assert.Equal(t, 7, in.W.graphInfo().len(), "null leaves it alone")
+	assert.Equal(t, 7, len(in.W.graphInfo().nodes), "null leaves it alone")
 	require.ErrorContains(t, in.W.UnmarshalJSON([]byte(`[1]`)), "this is a list")
-	assert.Equal(t, 7, in.W.graphInfo().len(), "an error leaves it alone")
+	assert.Equal(t, 7, len(in.W.graphInfo().nodes), "an error leaves it alone")
 	for _, empty := range []string{"{}", " {\n} "} {
 		w := parsed(t, sampleGraph)
 		require.NoError(t, w.UnmarshalJSON([]byte(empty)))
-		assert.Equal(t, 0, w.graphInfo().len())
+		assert.Equal(t, 0, len(w.graphInfo().nodes))
 	}
 }
 
@@ -461,7 +461,7 @@ func TestS10UIFormatIsRefusedBeforeAnyRequest(t *testing.T) {
 func TestGraphInfo(t *testing.T) {
 	t.Parallel()
 	g := parsed(t, sampleGraph).graphInfo()
-	assert.Equal(t, 7, g.len())
+	assert.Equal(t, 7, len(g.nodes))
 	class, title, ok := g.node("3")
 	assert.Equal(t, []any{"KSampler", "Sampler", true}, []any{class, title, ok})
 	class, title, ok = g.node("57:8")
