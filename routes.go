@@ -1828,12 +1828,16 @@ func (e *endpoint) cancelJob(ctx context.Context, promptID string, confirm func(
 		return false, false, e.missing(q, r, &e.noCancel)
 	}
 	var answer struct {
-		Cancelled bool `json:"cancelled"`
+		Cancelled *bool `json:"cancelled"`
 	}
-	if err := json.Unmarshal(r.body, &answer); err != nil {
+	err = json.Unmarshal(r.body, &answer)
+	if err == nil && answer.Cancelled == nil {
+		err = errors.New("it does not say whether the prompt was cancelled")
+	}
+	if err != nil {
 		return true, false, e.malformed(op, r, err)
 	}
-	return true, answer.Cancelled, nil
+	return true, *answer.Cancelled, nil
 }
 
 func isNoRoute(status int) bool {

@@ -252,7 +252,7 @@ func TestS36StrangeJobsRoute(t *testing.T) {
 // TestS31CancelBehindAStrangeJobsRoute: a proxy that keeps /api/jobs to itself keeps nobody from a cancel.
 func TestS31CancelBehindAStrangeJobsRoute(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"empty 404", "page", "other JSON 404", "405", "403"} {
+	for _, name := range []string{"empty 404", "page", "other JSON 404", "405", "403", "login", "own 500", "another API", "null"} {
 		for _, running := range []bool{true, false} {
 			t.Run(fmt.Sprint(name, running), func(t *testing.T) {
 				t.Parallel()
