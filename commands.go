@@ -1063,6 +1063,8 @@ type cancelState struct {
 	next    time.Time
 	refused bool      // it cannot be done without hitting another's job
 	touched bool      // the pod has said that it took the prompt out or will stop it
+	hit     time.Time // when it last did; zero once a look since then has shown the prompt all the same
+	waited  bool      // the last try took the prompt for one that waits
 	cleared time.Time // what a look that began before then says of copies is out of date
 }
 
@@ -1154,16 +1156,30 @@ func (t *tracker) cancelDue(j *tracked, now time.Time) {
 		j.at(c.next)
 		return
 	}
-	c.busy = true
-	id, prompt, lease := j.rec.JobID, j.rec.PromptID, j.lease
-	t.errand.do(func(ctx context.Context) func() {
-		touched, err := t.cancelOnPod(ctx, prompt, lease)
+	c.busy, c.waited = true, !j.rec.Started
+	id, prompt, lease, waits := j.rec.JobID, j.rec.PromptID, j.lease, c.waited
+	t.cancelling.do(func(ctx context.Context) func() {
+		touched, err := t.cancelOnPod(ctx, prompt, waits, lease)
 		return func() { t.cancelTried(id, prompt, touched, err) }
 	})
 }
 
-// cancelAgain is the time between two tries.
-const cancelAgain = time.Second
+const (
+	cancelAgain  = time.Second      // the time between two tries
+	cancelUnseen = 15 * time.Second // between two where the pod has said that it hit the prompt, and no look has told since
+)
+
+// outlived takes in that a look which began at a time has shown the prompt: a hit before then did not do.
+func (c *cancelState) outlived(looked time.Time, running bool) {
+	if c.hit.IsZero() || looked.Before(c.hit) {
+		return
+	}
+	c.next = c.hit.Add(cancelAgain)
+	if running && c.waited {
+		c.next = looked
+	}
+	c.hit = time.Time{}
+}
 
 func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 	j, now := t.jobs[jobID], time.Now()
@@ -1181,6 +1197,9 @@ func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 	}
 	c.touched = c.touched || touched
 	c.next = now.Add(cancelAgain)
+	if touched && err == nil { // a look tells: of a thousand cancels none is made twice meanwhile
+		c.hit, c.next = now, now.Add(cancelUnseen)
+	}
 	switch {
 	case err == nil:
 		t.contact(now)
@@ -1194,18 +1213,35 @@ func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 	case !errors.Is(err, errUnconfirmed):
 		t.noContact(err, now)
 	}
-	t.lookBy(now)
+	t.lookAfterCancel(now)
 	t.advance(j, now)
 }
 
-// cancelOnPod makes one try. touched: the pod has said that it hit the prompt.
-func (t *tracker) cancelOnPod(ctx context.Context, promptID string, l *lease) (touched bool, err error) {
+// lookAfterCancel asks for a look that shows what cancels have done, but not for each of many at a large queue.
+func (t *tracker) lookAfterCancel(now time.Time) {
+	t.lookBy(latest(now, t.pod.lookedAt.Add(4*t.pod.cost)))
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
+
+// cancelOnPod makes one try. waits: nothing says that the prompt runs. touched: the pod has said that it hit the prompt, or was told to take
+// it out of the queue.
+func (t *tracker) cancelOnPod(ctx context.Context, promptID string, waits bool, l *lease) (touched bool, err error) {
 	confirm := func() error { return l.confirm(ctx) }
 	supported, cancelled, err := t.endpoint.cancelJob(ctx, promptID, confirm)
 	if err == nil && supported || err != nil && !answered(err) {
 		return cancelled, err
 	}
 	// The pod lacks the route, or a proxy keeps it to itself.
+	if waits { // if it does not, nothing happens, and a look shows it
+		err := t.endpoint.deleteQueued(ctx, confirm, promptID)
+		return err == nil, err
+	}
 	r := &reconciler{endpoint: t.endpoint, started: time.Now(), wanted: []sought{{promptID: promptID}}}
 	r.lookAtQueue(ctx)
 	if r.err != nil {

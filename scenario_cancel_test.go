@@ -174,3 +174,64 @@ func trickle(ctx context.Context) (io.ReadCloser, error) {
 type slowReader struct{ ctx context.Context }
 
 func (r slowReader) Read(p []byte) (int, error) { return 1, pause(r.ctx, time.Second) }
+
+// oneAtATime lets a pod answer one request at a time, as its event loop does, and each after d.
+func oneAtATime(d time.Duration) func(http.Handler) http.Handler {
+	return func(pod http.Handler) http.Handler {
+		loop := make(chan struct{}, 1)
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path != "/ws" {
+				loop <- struct{}{}
+				defer func() { <-loop }()
+				time.Sleep(d)
+			}
+			pod.ServeHTTP(w, r)
+		})
+	}
+}
+
+// A backlog is cancelled: the pod is asked once for each job, and reads its queue a few times for all of them. What is under way
+// besides does not wait until all are done.
+func TestS31CancelOfABacklog(t *testing.T) {
+	t.Parallel()
+	const jobs, answer = 200, 20 * time.Millisecond
+	for _, release := range []string{"0.3.40", "0.3.64", "0.27.0", "0.33.0"} {
+		t.Run(release, func(t *testing.T) {
+			t.Parallel()
+			var sent traffic
+			bubble(t, func(b *bench) {
+				b.raw("Hour", 1)
+				client := b.client()
+				var backlog []*comfyui.Job
+				for i := range jobs {
+					j, err := client.Submit(b.ctx, graphOf(b.t, "Work", 10+i))
+					require.NoError(b.t, err)
+					backlog = append(backlog, j)
+				}
+				before, _ := sent.of("GET /queue")
+				began := time.Now()
+				ctx, stop := context.WithTimeout(b.ctx, time.Minute)
+				defer stop()
+				var wg sync.WaitGroup
+				for _, j := range backlog {
+					wg.Go(func() { assert.NoError(b.t, j.Cancel(ctx)) })
+				}
+				wg.Wait()
+				for _, j := range backlog {
+					_, err := j.Wait(ctx)
+					require.ErrorIs(b.t, err, comfyui.ErrCancelled)
+				}
+				queues, _ := sent.of("GET /queue")
+				cancels, _ := sent.of("POST /api/jobs/*")
+				deletes, _ := sent.of("POST /queue")
+				histories, _ := sent.of("GET /history/*")
+				b.t.Logf("%s: %d cancels, %d deletes, %d queues, %d histories", time.Since(began), cancels, deletes, queues-before, histories)
+				assert.LessOrEqual(b.t, cancels+deletes, jobs+errands)
+				assert.LessOrEqual(b.t, queues-before, 30)
+				assert.LessOrEqual(b.t, time.Since(began), 4*jobs*answer)
+			}, comfyuitest.WithVersion(release), proxied(sent.wrap, oneAtATime(answer)), comfyuitest.WithNode("Hour", comfyuitest.Steps(3600, time.Second)))
+		})
+	}
+}
+
+const errands = 8 // other calls at one time

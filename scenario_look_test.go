@@ -37,7 +37,7 @@ func (t *traffic) wrap(next http.Handler) http.Handler {
 			return
 		}
 		route := r.Method + " " + r.URL.Path
-		for _, long := range []string{"GET /api/jobs/", "GET /history/"} {
+		for _, long := range []string{"GET /api/jobs/", "POST /api/jobs/", "GET /history/"} {
 			if strings.HasPrefix(route, long) {
 				route = long + "*"
 			}

@@ -24,8 +24,10 @@ import (
 const (
 	// posters bounds the submissions under way at one time, and with them what a pod that answers slowly has to bear.
 	posters = 16
-	// errands bounds the other calls to the pod under way: looks, history reads, cancels.
+	// errands bounds the other calls to the pod under way: looks and history reads.
 	errands = 8
+	// cancellers bounds the cancels under way: many of them hold up none of the others.
+	cancellers = 4
 	// askers and watchers bound the reads of records under way: those that something waits for, and those that are routine. They
 	// are apart from each other and from the rest, so that a store that hangs does not hold up what needs the pod alone.
 	askers, watchers = 4, 4
@@ -67,7 +69,7 @@ type tracker struct {
 	hook    *callback // Hooks.Event; nil: none
 	gauges  gauges
 
-	posting, errand, writing, asking, watching, renewal *crew
+	posting, errand, cancelling, writing, asking, watching, renewal *crew
 
 	// mu guards what is below, and the jobs.
 	mu       sync.Mutex
@@ -113,6 +115,7 @@ type podView struct {
 	shape        queueShape
 	remaining    int           // of the last status frame; -1: not known
 	cost         time.Duration // of the last look
+	lookedAt     time.Time     // when it ended
 	queueBytes   int
 	wholeAt      time.Time // when the whole queue was last read
 	copiesUntil  time.Time // a prompt may come a second time until then: only the whole queue shows that
@@ -159,7 +162,8 @@ func newTracker(c *PodClient) *tracker {
 		t.ears = newEars(t, &watches{t: t, of: s})
 	}
 	t.prompts.ids = map[string]struct{}{}
-	t.posting, t.errand, t.writing = newCrew(t, posters, 0), newCrew(t, errands, 0), newCrew(t, writers, storeTime)
+	t.posting, t.errand, t.cancelling = newCrew(t, posters, 0), newCrew(t, errands, 0), newCrew(t, cancellers, 0)
+	t.writing = newCrew(t, writers, storeTime)
 	t.asking, t.watching, t.renewal = newCrew(t, askers, storeTime), newCrew(t, watchers, storeTime), newCrew(t, 1, storeTime)
 	t.pod = podView{stream: StreamIdle, remaining: -1, highest: math.Inf(-1), fingerprints: true}
 	t.gauges.stream.Store(StreamIdle)
@@ -987,6 +991,7 @@ func (t *tracker) leaveAttempt(j *tracked) {
 	t.offPod(j)
 	j.settle, j.absent, j.intent, j.leaving = settleState{}, absentState{}, intentState{}, false
 	j.left = false
+	j.cancel.touched, j.cancel.hit = false, time.Time{}
 	j.posting.streamBy = time.Time{}
 }
 
@@ -1450,6 +1455,7 @@ func (t *tracker) look(now time.Time) {
 		single: t.asksSingly(wanted, now),
 	}
 	t.errand.do(func(ctx context.Context) func() {
+		r.started = time.Now() // it may have had to wait
 		r.run(ctx)
 		return func() { t.looked(r) }
 	})
@@ -1480,7 +1486,7 @@ func (t *tracker) expectCopies(now time.Time) {
 // looked takes in what a look has found.
 func (t *tracker) looked(r *reconciler) {
 	now := time.Now()
-	t.due.looking = false
+	t.due.looking, t.pod.lookedAt = false, now
 	if r.err != nil {
 		t.pod.failures++
 		t.noContact(r.err, now)
@@ -1492,6 +1498,9 @@ func (t *tracker) looked(r *reconciler) {
 	for _, w := range r.wanted {
 		if j := t.jobs[w.jobID]; j != nil && j.lease != nil && j.rec.PromptID == w.promptID && !j.concluded {
 			t.found(j, r, now)
+			if r.err == nil && j.cancel.hit.After(r.started) { // too late for this look
+				t.lookAfterCancel(now)
+			}
 			t.advance(j, now)
 		}
 	}
@@ -1558,6 +1567,7 @@ func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
 	heardOf := j.rec.ClientID == t.opts.clientID
 	switch at.place {
 	case placeRunning:
+		j.cancel.outlived(r.started, true)
 		t.onSight(j, r.started, r.incarnation)
 		j.witnesses, j.breaks = t.pod.witnesses(), r.breaks
 		wasRunning := j.rec.Started
@@ -1565,6 +1575,7 @@ func (t *tracker) found(j *tracked, r *reconciler, now time.Time) {
 			t.suspectDeaf(r.started, r.heard, now)
 		}
 	case placePending:
+		j.cancel.outlived(r.started, false)
 		t.onSight(j, r.started, r.incarnation)
 		j.witnesses, j.breaks = t.pod.witnesses(), r.breaks
 		t.observe(j, obsQueued{at.number, at.ahead}, now)
