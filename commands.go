@@ -1157,11 +1157,76 @@ func (t *tracker) cancelDue(j *tracked, now time.Time) {
 		return
 	}
 	c.busy, c.waited = true, !j.rec.Started
-	id, prompt, lease, waits := j.rec.JobID, j.rec.PromptID, j.lease, c.waited
-	t.cancelling.do(func(ctx context.Context) func() {
-		touched, err := t.cancelOnPod(ctx, prompt, waits, lease)
-		return func() { t.cancelTried(id, prompt, touched, err) }
-	})
+	t.cancels.add(cancelTry{j.rec.JobID, j.rec.PromptID, c.waited, j.lease})
+	t.cancelling.do(t.cancelSome)
+}
+
+// cancelTry is one try to take a prompt off the pod.
+type cancelTry struct {
+	jobID, promptID string
+	waits           bool // nothing says that it runs
+	lease           *lease
+}
+
+// cancelLine has the tries that nobody has begun.
+type cancelLine struct {
+	mu    sync.Mutex
+	tries []cancelTry
+}
+
+func (l *cancelLine) add(c cancelTry) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.tries = append(l.tries, c)
+}
+
+// cancelBatch bounds what is deleted by one request: the server goes through its whole queue for each.
+const cancelBatch = 64
+
+// take returns the first try, with those behind it if all of them wait.
+func (l *cancelLine) take() []cancelTry {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := min(1, len(l.tries))
+	for n > 0 && n < min(cancelBatch, len(l.tries)) && l.tries[0].waits && l.tries[n].waits {
+		n++
+	}
+	tries := l.tries[:n:n]
+	l.tries = l.tries[n:]
+	return tries
+}
+
+// cancelSome makes the tries that are next. Prompts that wait are taken out of the queue together: one request each would take longer than
+// a busy pod takes to come to them.
+func (t *tracker) cancelSome(ctx context.Context) func() {
+	tries := t.cancels.take()
+	var touched bool
+	var err error
+	switch len(tries) {
+	case 0: // another has taken them along
+		return nil
+	case 1:
+		touched, err = t.cancelOnPod(ctx, tries[0])
+	default:
+		ids := make([]string, 0, len(tries))
+		for _, try := range tries {
+			ids = append(ids, try.promptID)
+		}
+		err = t.endpoint.deleteQueued(ctx, func() error {
+			for _, try := range tries {
+				if err := try.lease.confirm(ctx); err != nil {
+					return err
+				}
+			}
+			return nil
+		}, ids...)
+		touched = err == nil
+	}
+	return func() {
+		for _, try := range tries {
+			t.cancelTried(try.jobID, try.promptID, touched, err)
+		}
+	}
 }
 
 const (
@@ -1229,16 +1294,15 @@ func latest(a, b time.Time) time.Time {
 	return a
 }
 
-// cancelOnPod makes one try. waits: nothing says that the prompt runs. touched: the pod has said that it hit the prompt, or was told to take
-// it out of the queue.
-func (t *tracker) cancelOnPod(ctx context.Context, promptID string, waits bool, l *lease) (touched bool, err error) {
-	confirm := func() error { return l.confirm(ctx) }
+// cancelOnPod makes one try. touched: the pod has said that it hit the prompt, or was told to take it out of the queue.
+func (t *tracker) cancelOnPod(ctx context.Context, try cancelTry) (touched bool, err error) {
+	promptID, confirm := try.promptID, func() error { return try.lease.confirm(ctx) }
 	supported, cancelled, err := t.endpoint.cancelJob(ctx, promptID, confirm)
 	if err == nil && supported || err != nil && !answered(err) {
 		return cancelled, err
 	}
 	// The pod lacks the route, or a proxy keeps it to itself.
-	if waits { // if it does not, nothing happens, and a look shows it
+	if try.waits { // if it does not, nothing happens, and a look shows it
 		err := t.endpoint.deleteQueued(ctx, confirm, promptID)
 		return err == nil, err
 	}

@@ -190,8 +190,8 @@ func oneAtATime(d time.Duration) func(http.Handler) http.Handler {
 	}
 }
 
-// A backlog is cancelled: the pod is asked once for each job, and reads its queue a few times for all of them. What is under way
-// besides does not wait until all are done.
+// A backlog is cancelled: the pod is told so a few times for all jobs, and none is cancelled again before a look has shown that it
+// is there still.
 func TestS31CancelOfABacklog(t *testing.T) {
 	t.Parallel()
 	const jobs, answer = 200, 20 * time.Millisecond
@@ -226,12 +226,10 @@ func TestS31CancelOfABacklog(t *testing.T) {
 				deletes, _ := sent.of("POST /queue")
 				histories, _ := sent.of("GET /history/*")
 				b.t.Logf("%s: %d cancels, %d deletes, %d queues, %d histories", time.Since(began), cancels, deletes, queues-before, histories)
-				assert.LessOrEqual(b.t, cancels+deletes, jobs+errands)
+				assert.LessOrEqual(b.t, cancels+deletes, jobs/10)
 				assert.LessOrEqual(b.t, queues-before, 30)
-				assert.LessOrEqual(b.t, time.Since(began), 4*jobs*answer)
+				assert.LessOrEqual(b.t, time.Since(began), 2*jobs*answer)
 			}, comfyuitest.WithVersion(release), proxied(sent.wrap, oneAtATime(answer)), comfyuitest.WithNode("Hour", comfyuitest.Steps(3600, time.Second)))
 		})
 	}
 }
-
-const errands = 8 // other calls at one time

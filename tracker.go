@@ -70,6 +70,7 @@ type tracker struct {
 	gauges  gauges
 
 	posting, errand, cancelling, writing, asking, watching, renewal *crew
+	cancels                                                         cancelLine
 
 	// mu guards what is below, and the jobs.
 	mu       sync.Mutex
