@@ -645,9 +645,12 @@ func (s *submission) body() ([]byte, error) {
 	write("prompt_id", s.rec.PromptID)
 	if s.number != nil {
 		// An equal number under an equal id makes the pod compare graphs, which can stop its worker (server.md §1).
-		number := *s.number
+		number, towards := *s.number, math.Inf(1)
+		if number > math.MaxFloat64/2 { // near the end nothing is left above
+			towards = -towards
+		}
 		for range s.nudges + s.posts {
-			number = math.Nextafter(number, math.Inf(1))
+			number = math.Nextafter(number, towards)
 		}
 		write("number", number)
 	} else if s.rec.Options.Front {

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -489,6 +490,7 @@ func TestS33PodGone(t *testing.T) {
 		start := time.Now()
 		r, err := j.Wait(b.ctx)
 		require.ErrorIs(t, err, comfyui.ErrPodGone)
+		require.ErrorIs(t, err, syscall.ECONNREFUSED, "and why")
 		assert.Equal(t, comfyui.StatusFailed, r.Status)
 		assert.InDelta(t, (10 * time.Minute).Seconds(), time.Since(start).Seconds(), 30)
 	})

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -344,6 +346,15 @@ func TestS5ConflictMeansAccepted(t *testing.T) {
 // An equal id is never posted with an equal number: the pod's heap would compare the graphs, which can kill its worker.
 func TestS5RepeatedPostNudgesTheNumber(t *testing.T) {
 	t.Parallel()
+	for _, number := range []float64{-5, 0, 1 << 60, math.MaxFloat64, -math.MaxFloat64} {
+		t.Run(fmt.Sprint(number), func(t *testing.T) {
+			t.Parallel()
+			nudges(t, number)
+		})
+	}
+}
+
+func nudges(t *testing.T, number float64) {
 	var numbers []float64
 	spy := comfyuitest.WithHandler(func(next http.Handler) http.Handler {
 		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -363,13 +374,18 @@ func TestS5RepeatedPostNudgesTheNumber(t *testing.T) {
 	})
 	bubble(t, func(b *bench) {
 		policy := comfyui.RetryPolicy{MaxAttempts: 3}
-		_, err := b.client(comfyui.WithRetry(comfyui.CategoryUnavailable, policy)).Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithNumber(-5))
+		_, err := b.client(comfyui.WithRetry(comfyui.CategoryUnavailable, policy)).Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithNumber(number))
 		require.Error(t, err)
 		require.Len(t, numbers, 3)
-		assert.Equal(t, -5.0, numbers[0])
+		assert.Equal(t, number, numbers[0])
+		if number == math.MaxFloat64 { // there is nothing above
+			slices.Reverse(numbers)
+		}
 		assert.Less(t, numbers[0], numbers[1])
 		assert.Less(t, numbers[1], numbers[2])
-		assert.InDelta(t, -5, numbers[2], 1e-9, "by the least step")
+		for i := range 2 {
+			assert.Equal(t, math.Nextafter(numbers[i], math.Inf(1)), numbers[i+1], "by the least step")
+		}
 	}, spy)
 }
 

@@ -106,6 +106,7 @@ type podView struct {
 	proven       int64     // endpoint.lines.breaks when the process was last known to be the one before
 	contactAt    time.Time // when the pod last answered
 	silentSince  time.Time // the first failure since then; zero: none
+	failure      error     // the newest one
 	incarnation  int       // raised by every restart that is proven
 	highest      float64   // the highest number that the pod's own counter gave
 	highestAt    time.Time // when that was learned
@@ -831,7 +832,7 @@ func (t *tracker) keepLimits(j *tracked, now time.Time) {
 	}
 	if name == "" {
 		if j.rec.Accepted && t.gone(now) {
-			t.observe(j, obsVerdict{j.failure(CategoryOf(ErrPodGone), ErrPodGone)}, now)
+			t.observe(j, obsVerdict{j.failure(CategoryOf(ErrPodGone), errors.Join(ErrPodGone, t.pod.failure))}, now)
 		}
 		return
 	}
@@ -1393,7 +1394,7 @@ func (t *tracker) contact(now time.Time) {
 			s.hurry()
 		}
 	}
-	t.pod.contactAt, t.pod.silentSince = now, time.Time{}
+	t.pod.contactAt, t.pod.silentSince, t.pod.failure = now, time.Time{}, nil
 }
 
 // noContact notes that the pod did not answer.
@@ -1401,6 +1402,7 @@ func (t *tracker) noContact(err error, now time.Time) {
 	if t.pod.silentSince.IsZero() {
 		t.pod.silentSince = now
 	}
+	t.pod.failure = err
 	t.noteRefusal(err, now)
 }
 
