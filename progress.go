@@ -607,7 +607,8 @@ func hasOutputs(outs []Output, node string) bool {
 // history decides how the attempt ended: by its last terminal message, because status_str can say success over an error
 // (server.md §3.4); by status_str where there is no message.
 func (e *emitter) history(o obsHistory) {
-	if e.s.attempt.verdict != nil {
+	if e.s.attempt.verdict != nil { // a limit, as a rule
+		e.partial(o.outputs)
 		return
 	}
 	e.seen(o.entry.Number)
@@ -699,6 +700,9 @@ func (e *emitter) end(status Status, err *Error) {
 		kind = EventCancelled
 	default:
 		kind = EventFailed
+	}
+	if status != StatusSucceeded && r.Outputs == nil { // no history told of any
+		r.Outputs = e.s.attempt.outputs
 	}
 	ev := Event{Kind: kind, Outputs: r.Outputs}
 	if err != nil {

@@ -479,6 +479,49 @@ func TestS33Limits(t *testing.T) {
 	}
 }
 
+// What a node had put out before the job was ended is in the Result, whoever tells of it.
+func TestS33OutputsOfAJobThatWasEnded(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		stream bool
+		limits comfyui.Limits
+		then   func(b *bench) // while the second node runs
+	}{
+		"Run limit":            {stream: true, limits: comfyui.Limits{Run: 10 * time.Second}},
+		"Total limit":          {stream: true, limits: comfyui.Limits{Total: 10 * time.Second}},
+		"Run limit, no stream": {limits: comfyui.Limits{Run: 10 * time.Second}},
+		"history cleared": {
+			stream: true, limits: comfyui.Limits{Run: 10 * time.Second},
+			then: func(b *bench) {
+				b.pod.Inject(comfyuitest.Fault{Route: "GET /history", Times: -1, Effect: comfyuitest.Answer, Status: http.StatusOK, Body: "{}"})
+				b.pod.Inject(comfyuitest.Fault{Route: "GET /api/jobs", Times: -1, Effect: comfyuitest.Answer, Status: http.StatusNotFound})
+			},
+		},
+		"pod gone": {stream: true, then: func(b *bench) { b.pod.Restart(2 * time.Hour) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				if !tc.stream {
+					b.pod.RefuseStreams(http.StatusForbidden)
+				}
+				w := parsed(t, `{"1":{"class_type":"Work","inputs":{}},"2":{"class_type":"Long","inputs":{"after":["1",0]}}}`)
+				j, err := b.client().Submit(b.ctx, w, comfyui.WithLimits(tc.limits))
+				require.NoError(t, err)
+				time.Sleep(5 * time.Second)
+				if tc.then != nil {
+					tc.then(b)
+				}
+				r, err := j.Wait(b.ctx)
+				require.Error(t, err)
+				require.Equal(t, comfyui.StatusFailed, r.Status, "%v", err)
+				require.Len(t, r.Outputs, 1)
+				assert.Equal(t, "1", r.Outputs[0].Node)
+			})
+		})
+	}
+}
+
 func TestS33PodGone(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(b *bench) {
