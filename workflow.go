@@ -511,6 +511,7 @@ func (w *Workflow) find(name string) (int, error) {
 	if at := slices.IndexFunc(w.nodes, func(n *graphNode) bool { return n.id == name }); at >= 0 {
 		return at, nil
 	}
+	var several error
 	for _, by := range []struct {
 		what  string
 		match func(*graphNode) bool
@@ -529,8 +530,11 @@ func (w *Workflow) find(name string) (int, error) {
 		case 1:
 			return found[0], nil
 		default:
-			return 0, invalidf("%d nodes have the %s %q; name one by its id: %s", len(found), by.what, name, w.list(found))
+			several = cmp.Or(several, invalidf("%d nodes have the %s %q; name one by its id: %s", len(found), by.what, name, w.list(found)))
 		}
+	}
+	if several != nil {
+		return 0, several
 	}
 	return 0, invalidf("no node has the id, title or class %q; there are %s", name, w.list(w.places()))
 }

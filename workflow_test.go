@@ -220,6 +220,18 @@ func TestSetNamesANode(t *testing.T) {
 	}
 }
 
+// A title that two nodes have names none of them, and so is no title for Set: a class of that name is.
+func TestSetByClassWhereTitlesAreEqual(t *testing.T) {
+	t.Parallel()
+	w := parsed(t, `{"1":{"class_type":"A","inputs":{"x":1},"_meta":{"title":"K"}},"2":{"class_type":"B","inputs":{"x":2},"_meta":{"title":"K"}},"3":{"class_type":"K","inputs":{"x":3}}}`)
+	require.NoError(t, w.Set("K", "x", 4))
+	for id, want := range map[string]int64{"1": 1, "2": 2, "3": 4} {
+		x, err := w.Get(id, "x")
+		require.NoError(t, err)
+		assert.Equal(t, want, x, id)
+	}
+}
+
 func TestSetListsFewNodes(t *testing.T) {
 	t.Parallel()
 	var graph []string
