@@ -376,22 +376,8 @@ func (s *submission) run(ctx context.Context) submitted {
 
 func (s *submission) bring(ctx context.Context) submitted {
 	if s.look {
-		patience := s.patience
-		if s.lookOnly {
-			patience = ctx
-		}
-		found, err := s.lookThrough(ctx, patience, s.graceUntil)
-		switch {
-		case found.accepted:
-			return found
-		case patience.Err() != nil:
-			return s.over(ctx)
-		case err != nil:
-			return submitted{err: s.blame(err)}
-		case s.lookOnly:
-			return submitted{stopped: true, looked: true}
-		case s.rec.Options.AtMostOnce && s.inherited:
-			return submitted{err: s.blame(&Error{Category: CategoryUnknown, Err: ErrOutcomeUnknown})}
+		if result, done := s.firstLook(ctx); done {
+			return result
 		}
 	}
 	s.borrow()
@@ -424,6 +410,31 @@ func (s *submission) bring(ctx context.Context) submitted {
 	}
 	result.workflow = workflow
 	return result
+}
+
+// firstLook looks for the attempt before it is posted. done: the submission ends with that.
+func (s *submission) firstLook(ctx context.Context) (result submitted, done bool) {
+	patience := s.patience
+	if s.lookOnly {
+		patience = ctx
+	}
+	err := s.t.retrier.do(patience, retryOp{op: "submit", jobID: s.rec.JobID, safe: s.mayRepeat}, func(context.Context, int) (err error) {
+		result, err = s.lookThrough(ctx, patience, s.graceUntil)
+		return err
+	})
+	switch {
+	case result.accepted:
+		return result, true
+	case patience.Err() != nil:
+		return s.over(ctx), true
+	case err != nil:
+		return submitted{err: s.blame(err)}, true
+	case s.lookOnly:
+		return submitted{stopped: true, looked: true}, true
+	case s.rec.Options.AtMostOnce && s.inherited:
+		return submitted{err: s.blame(&Error{Category: CategoryUnknown, Err: ErrOutcomeUnknown})}, true
+	}
+	return submitted{}, false
 }
 
 // over is how a submission ends that was told to stop.
@@ -516,8 +527,9 @@ func answeredByPod(err error) bool {
 	return errors.As(err, &e) && e.StatusCode == http.StatusInternalServerError && strings.Contains(err.Error(), "Server got itself in trouble")
 }
 
-// lookThrough looks for the attempt until a time, at least once; while the pod does not answer, through Gone. A ctx that ends
-// patience ends it between two looks.
+// lookThrough looks for the attempt until a time, at least once; while the pod does not answer, through Gone. A pod that refuses the look
+// for good is the retry policies' affair, unless there was a POST, which may have arrived. A ctx that ends patience ends it between two
+// looks.
 func (s *submission) lookThrough(ctx, patience context.Context, until time.Time) (submitted, error) {
 	timing := s.t.timing
 	wait := max(timing.Poll, 50*time.Millisecond)
@@ -533,7 +545,7 @@ func (s *submission) lookThrough(ctx, patience context.Context, until time.Time)
 			return submitted{}, nil
 		case err == nil:
 			silent, wait = time.Time{}, max(timing.Poll, 50*time.Millisecond)
-		case ctx.Err() != nil:
+		case ctx.Err() != nil, unreadable(err) && !s.inherited && !s.doubtful:
 			return submitted{}, err
 		default:
 			if silent.IsZero() {

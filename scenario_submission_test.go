@@ -601,6 +601,39 @@ func TestS9PagesAndRedirectsOnPost(t *testing.T) {
 	t.Cleanup(func() { assert.Zero(t, leaked.Load()) })
 }
 
+// A job with an id of the caller's is looked for before it is posted. A pod that refuses that look for good refuses the job, as it would
+// the POST: nobody waits for Gone.
+func TestS9RefusedLook(t *testing.T) {
+	t.Parallel()
+	for status, want := range map[int]comfyui.Category{
+		http.StatusUnauthorized:        comfyui.CategoryAuth,
+		http.StatusForbidden:           comfyui.CategoryAuth,
+		http.StatusFound:               comfyui.CategoryProtocol,
+		http.StatusInternalServerError: comfyui.CategoryProtocol,
+	} {
+		for _, route := range []string{"", "GET /history"} {
+			t.Run(fmt.Sprintf("%d %s", status, route), func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(b *bench) {
+					heal := b.pod.Inject(comfyuitest.Fault{Route: route, Status: status, Times: -1})
+					c := b.client()
+					start := time.Now()
+					r, err := c.Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("the-job"))
+					require.Equal(t, want, comfyui.CategoryOf(err), "%v", err)
+					require.NotNil(t, r)
+					assert.Equal(t, comfyui.StatusFailed, r.Status)
+					assert.Less(t, time.Since(start), 30*time.Second)
+					assert.Empty(t, b.pod.Prompts())
+					heal()
+					r, err = c.Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("the-job"), comfyui.RerunFailed())
+					succeeded(t, r, err)
+					b.ranOnce()
+				})
+			})
+		}
+	}
+}
+
 func TestS10UIFormatIsRefusedBeforeAnyPost(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(b *bench) {
