@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -87,6 +88,7 @@ type submission struct {
 	lease      *lease
 	patience   context.Context
 	seen       <-chan struct{} // closed: the stream has shown the prompt
+	read       *queueRead      // it may show the prompt: made while the job was waiting for its turn; nil: none
 	nudges     int             // of the number, for POSTs that were made before this submission
 	posts      int
 	doubtful   bool // one of them may have arrived
@@ -145,7 +147,7 @@ func (t *tracker) postDue(j *tracked, now time.Time) {
 	if !t.streamSettled(j, now) {
 		return
 	}
-	p.queued = true
+	p.queued, p.reads = true, t.reads.begun.Load()
 	t.queue = append(t.queue, j)
 	t.pump()
 }
@@ -185,6 +187,7 @@ func (t *tracker) pump() {
 		}
 		t.post(j)
 	}
+	t.shown = nil
 }
 
 func (t *tracker) post(j *tracked) {
@@ -197,7 +200,7 @@ func (t *tracker) post(j *tracked) {
 	rec := j.rec // what it refers to is replaced, never changed
 	s := &submission{
 		t: t, rec: &rec, look: j.look, free: j.rec.Failure != nil && j.rec.Failure.Category == CategoryOutOfMemory,
-		number: j.number, lease: j.lease, patience: patience, seen: found,
+		number: j.number, lease: j.lease, patience: patience, seen: found, read: t.shownSince(j.posting.reads, now),
 		nudges: j.posting.made + max(0, int(j.rec.Epoch)-1), // a former owner may have posted it too
 	}
 	s.borrow = func() { t.tell(func() { s.inputs, s.secrets = j.inputs, j.secrets }) }
@@ -580,8 +583,12 @@ func (s *submission) lookOnce(ctx context.Context) (submitted, error) {
 		return submitted{accepted: true, attempt: s.rec.Attempt, promptID: s.rec.PromptID, clientID: s.t.opts.clientID}, nil
 	default:
 	}
-	r := &reconciler{endpoint: s.t.endpoint, started: time.Now(), wanted: s.attempts, byMarker: true, proven: math.MaxInt64}
-	if r.knowsNone(ctx) || r.err != nil {
+	r := &reconciler{
+		endpoint: s.t.endpoint, reads: s.t.reads, started: time.Now(), wanted: s.attempts, byMarker: true, proven: math.MaxInt64,
+	}
+	read := s.read
+	s.read = nil
+	if !r.shownBy(read) && (r.knowsNone(ctx) || r.err != nil) {
 		return submitted{}, r.err
 	}
 	r.run(ctx)
@@ -738,6 +745,7 @@ type spot struct {
 // that ends in between would be in neither (server.md §3.8).
 type reconciler struct {
 	endpoint    *endpoint
+	reads       *queueReads
 	started     time.Time
 	wanted      []sought
 	byMarker    bool     // an old pod may know the attempts by their marker only
@@ -777,7 +785,7 @@ const (
 )
 
 func (r *reconciler) run(ctx context.Context) {
-	if !r.single || !r.lookSingly(ctx) {
+	if !r.whole && (!r.single || !r.lookSingly(ctx)) {
 		r.lookAtQueue(ctx)
 	}
 	if r.err == nil {
@@ -894,14 +902,33 @@ func atOnce[T any](of []T, read func(T) bool) {
 }
 
 func (r *reconciler) lookAtQueue(ctx context.Context) {
-	start := time.Now()
-	running, pending, size, err := r.endpoint.queue(ctx, false)
-	r.breaks = r.endpoint.lines.breaks.Load()
+	read, err := r.reads.after(ctx)
 	if err != nil {
 		r.err = err
 		return
 	}
-	r.whole, r.cost, r.bytes = true, time.Since(start), size
+	r.takeQueue(read)
+}
+
+// shownBy tells whether a read shows any of the attempts, and takes it in then. One that was made before the look tells nothing of what
+// it does not show.
+func (r *reconciler) shownBy(read *queueRead) bool {
+	if read == nil {
+		return false
+	}
+	r.takeQueue(read)
+	for _, s := range r.spots {
+		if s.place > placeAbsent {
+			return true
+		}
+	}
+	r.whole = false
+	return false
+}
+
+func (r *reconciler) takeQueue(read *queueRead) {
+	running, pending := read.running, read.pending
+	r.started, r.whole, r.cost, r.bytes, r.breaks = read.begunAt, true, read.cost, read.bytes, read.breaks
 	r.shape = queueShape{running: len(running), pending: len(pending)}
 	if len(running) > 0 {
 		r.shape.first = running[0].PromptID
@@ -946,6 +973,114 @@ func (r *reconciler) lookAtQueue(ctx context.Context) {
 	for id, s := range byPrompt {
 		r.spots[id] = *s
 	}
+}
+
+// queueReads are the reads of the pod's whole queue. It carries the graph of every prompt, so that looks which begin while one is under
+// way share the next: what that shows is younger than each of them.
+type queueReads struct {
+	t     *tracker
+	begun atomic.Int64 // reads
+
+	mu      sync.Mutex
+	current *queueRead // under way; nil: none
+	next    *queueRead // begins when that has ended; nil: nobody has asked for it
+	rest    time.Time  // until then: the pod has other things to do than to tell its queue
+}
+
+// queueRead is one of them. What it has found is not changed any more once ended is closed.
+type queueRead struct {
+	turn             int64 // how many have begun, with it
+	begunAt, endedAt time.Time
+	ended            chan struct{} // closed
+	running, pending []wire.QueueItem
+	bytes            int
+	cost             time.Duration
+	breaks           int64 // endpoint.lines.breaks when it had been made
+	err              error
+}
+
+const (
+	// hungRead is how long a read holds up the next: a connection that hangs must not hang all looks.
+	hungRead = 5 * time.Second
+	// longestRest bounds the pause after a read, which is as long as the read was.
+	longestRest = time.Second
+	// shownFor is how long what a read shows counts for jobs that wait for their turn, if it did not take longer itself.
+	shownFor = time.Second
+)
+
+// after returns a read that begins after the call. When ctx ends the read goes on for others.
+func (q *queueReads) after(ctx context.Context) (*queueRead, error) {
+	q.mu.Lock()
+	r := q.next
+	if r == nil {
+		r = &queueRead{ended: make(chan struct{})}
+		before := q.current
+		q.next = r
+		q.t.wg.Go(func() { q.read(r, before) })
+	}
+	q.mu.Unlock()
+	select {
+	case <-r.ended:
+		return r, r.err
+	case <-ctx.Done():
+		err := endOf(ctx)
+		return nil, &Error{Op: "queue", Pod: q.t.opts.name, Category: CategoryOf(err), Err: err}
+	}
+}
+
+// read makes r when the one before has ended and the pod has had a rest.
+func (q *queueReads) read(r, before *queueRead) {
+	if before != nil {
+		q.wait(before.ended, hungRead)
+	}
+	q.mu.Lock()
+	rest := time.Until(q.rest)
+	q.mu.Unlock()
+	q.wait(nil, rest)
+	q.mu.Lock()
+	q.next, q.current = nil, r
+	r.turn, r.begunAt = q.begun.Add(1), time.Now()
+	q.mu.Unlock()
+	r.running, r.pending, r.bytes, r.err = q.t.endpoint.queue(q.t.ctx, false)
+	r.endedAt, r.breaks = time.Now(), q.t.endpoint.lines.breaks.Load()
+	r.cost = r.endedAt.Sub(r.begunAt)
+	q.mu.Lock()
+	if q.current == r {
+		q.current = nil
+	}
+	q.rest = r.endedAt.Add(min(r.cost, longestRest))
+	q.mu.Unlock()
+	if r.err == nil {
+		q.t.tell(func() { q.t.show(r) })
+	}
+	close(r.ended)
+}
+
+// wait waits for an event, for a time at most.
+func (q *queueReads) wait(event <-chan struct{}, most time.Duration) {
+	timer := time.NewTimer(most)
+	defer timer.Stop()
+	select {
+	case <-event:
+	case <-timer.C:
+	case <-q.t.ctx.Done():
+	}
+}
+
+// show keeps a read for the jobs that wait for their turn to be looked for.
+func (t *tracker) show(r *queueRead) {
+	if len(t.queue) > 0 && (t.shown == nil || r.turn > t.shown.turn) {
+		t.shown = r
+	}
+}
+
+// shownSince is the read of the queue that was kept, if it began after so many others and the same process answers still.
+func (t *tracker) shownSince(reads int64, now time.Time) *queueRead {
+	r := t.shown
+	if r == nil || r.turn <= reads || now.Sub(r.endedAt) > max(shownFor, r.cost) || r.breaks != t.endpoint.lines.breaks.Load() {
+		return nil
+	}
+	return r
 }
 
 // marked names an attempt as its marker does.
@@ -1321,7 +1456,7 @@ func (t *tracker) cancelOnPod(ctx context.Context, try cancelTry) (touched bool,
 		err := t.endpoint.deleteQueued(ctx, confirm, promptID)
 		return err == nil, err
 	}
-	r := &reconciler{endpoint: t.endpoint, started: time.Now(), wanted: []sought{{promptID: promptID}}}
+	r := &reconciler{endpoint: t.endpoint, reads: t.reads, started: time.Now(), wanted: []sought{{promptID: promptID}}}
 	r.lookAtQueue(ctx)
 	if r.err != nil {
 		return false, r.err

@@ -2,9 +2,11 @@ package comfyui_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -12,6 +14,7 @@ import (
 
 	"github.com/comfypod/comfyui"
 	"github.com/comfypod/comfyui/comfyuitest"
+	"github.com/comfypod/comfyui/comfyuitest/storetest"
 )
 
 // benchWorkflow is a text-to-image graph with n sampler stages; 8 stages are some 8 KiB.
@@ -70,11 +73,12 @@ func BenchmarkRedisStoreUnfinished(b *testing.B) {
 // knows where each stands now.
 func BenchmarkRecover(b *testing.B) {
 	const jobs = 9_900 // the history of a pod holds 10,000
-	for _, meanwhile := range []string{"they moved up in the queue", "they ended"} {
+	const unrecorded = "they moved up in the queue, and of 300 it was not recorded that the pod has them"
+	for _, meanwhile := range []string{"they moved up in the queue", "they ended", unrecorded} {
 		b.Run(fmt.Sprintf("jobs=%d/%s", jobs, meanwhile), func(b *testing.B) {
 			for b.Loop() {
 				b.StopTimer()
-				orphans := newOrphans(b, jobs)
+				orphans := newOrphans(b, jobs, map[string]int{unrecorded: 300}[meanwhile])
 				if meanwhile == "they ended" {
 					close(orphans.gate)
 					require.NoError(b, orphans.pod.WaitIdle(b.Context()))
@@ -82,6 +86,7 @@ func BenchmarkRecover(b *testing.B) {
 					orphans.moveUp(b, jobs)
 				}
 				heir := orphans.client(b)
+				read := orphans.pod.Requests("GET /queue")
 				b.StartTimer()
 				var found []*comfyui.Job
 				for j, err := range heir.Recover(b.Context()) {
@@ -106,6 +111,7 @@ func BenchmarkRecover(b *testing.B) {
 				}
 				b.StopTimer()
 				b.Logf("claimed after %v, reconciled after %v", recovered, b.Elapsed()) // of all rounds so far
+				b.ReportMetric(float64(orphans.pod.Requests("GET /queue")-read), "reads-of-queue")
 				if meanwhile != "they ended" {
 					close(orphans.gate)
 				}
@@ -125,7 +131,8 @@ type orphans struct {
 	ahead map[string]int // by prompt, once one has passed
 }
 
-func newOrphans(b *testing.B, jobs int) *orphans {
+// newOrphans makes them, the last of them without a record that the pod has them.
+func newOrphans(b *testing.B, jobs, unrecorded int) *orphans {
 	b.Helper()
 	o := &orphans{gate: make(chan struct{}), ahead: map[string]int{}}
 	o.pod = comfyuitest.NewPod(
@@ -142,7 +149,14 @@ func newOrphans(b *testing.B, jobs int) *orphans {
 		}}),
 	)
 	o.store = newRedisStore(b, startRedis(b).client(b, nil))
-	former := o.client(b)
+	var failing atomic.Bool
+	former, err := comfyui.NewPodClient(o.pod.URL(), comfyui.WithStore(storetest.Flaky(o.store, func(_ context.Context, method string) (error, bool) {
+		if method == "Update" && failing.Load() {
+			return errors.New("down"), false
+		}
+		return nil, false
+	})))
+	require.NoError(b, err)
 	submit := func(class string, seed int) {
 		w, err := comfyui.ParseWorkflow(fmt.Appendf(nil, `{"1":{"class_type":%q,"inputs":{"seed":%d}}}`, class, seed))
 		if err == nil {
@@ -154,17 +168,25 @@ func newOrphans(b *testing.B, jobs int) *orphans {
 	}
 	submit("Gate", 0)
 	submit("Gate", 1)
-	var makers sync.WaitGroup
-	for m := range 16 {
-		makers.Go(func() {
-			for n := m; n < jobs-2; n += 16 {
-				submit("Work", n)
-			}
-		})
+	submitted := 2
+	submitUntil := func(jobs int) {
+		var makers sync.WaitGroup
+		for m := range 16 {
+			makers.Go(func() {
+				for n := submitted + m; n < jobs; n += 16 {
+					submit("Work", n)
+				}
+			})
+		}
+		makers.Wait()
+		submitted = jobs
 	}
-	makers.Wait()
-	// Close has no time for thousands of records. One that does not tell that the pod has the job costs its heir a read of the whole queue.
+	submitUntil(jobs - unrecorded)
+	// Close has no time for thousands of records.
 	require.Eventually(b, func() bool { return former.Stats().StorePending == 0 }, time.Minute, time.Millisecond)
+	failing.Store(true)
+	submitUntil(jobs)
+	require.Eventually(b, func() bool { return o.pod.Requests("POST /prompt") >= jobs }, time.Minute, time.Millisecond)
 	require.NoError(b, former.Close())
 	return o
 }

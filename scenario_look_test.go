@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -21,6 +22,7 @@ import (
 
 	"github.com/comfypod/comfyui"
 	"github.com/comfypod/comfyui/comfyuitest"
+	"github.com/comfypod/comfyui/comfyuitest/storetest"
 )
 
 // traffic counts what is asked of the pod and what is answered.
@@ -119,6 +121,21 @@ func (b *bench) relieve() {
 
 const posters = 16 // submissions at one time
 
+// submitMany submits jobs with ids of the caller's, many at one time.
+func submitMany(b *bench, c *comfyui.PodClient, jobs int) {
+	b.t.Helper()
+	var wg sync.WaitGroup
+	for worker := range posters {
+		wg.Go(func() {
+			for i := worker; i < jobs; i += posters {
+				_, err := c.Submit(b.ctx, graphOf(b.t, "Work", 100+i), comfyui.WithJobID(fmt.Sprint("job-", i)))
+				assert.NoError(b.t, err)
+			}
+		})
+	}
+	wg.Wait()
+}
+
 // TestS36FirstLooksBehindABacklog: whether the pod has the prompt of a caller's job id already is asked of the prompt, not of the
 // whole queue: that would cost the square of what is submitted.
 func TestS36FirstLooksBehindABacklog(t *testing.T) {
@@ -138,17 +155,7 @@ func TestS36FirstLooksBehindABacklog(t *testing.T) {
 			var sent traffic
 			bubble(t, func(b *bench) {
 				b.raw("Long", 1)
-				client := b.client()
-				var wg sync.WaitGroup
-				for worker := range posters {
-					wg.Go(func() {
-						for i := worker; i < c.jobs; i += posters {
-							_, err := client.Submit(b.ctx, graphOf(b.t, "Work", 10+i), comfyui.WithJobID(fmt.Sprint("job-", i)))
-							assert.NoError(b.t, err)
-						}
-					})
-				}
-				wg.Wait()
+				submitMany(b, b.client(), c.jobs)
 				require.Len(b.t, b.pod.Prompts(), 1+c.jobs)
 				for _, route := range []string{"GET /queue", "GET /api/jobs/*", "GET /history/*", "GET /system_stats"} {
 					n, bytes := sent.of(route)
@@ -161,6 +168,87 @@ func TestS36FirstLooksBehindABacklog(t *testing.T) {
 				looked, _ := sent.of("GET /history")
 				assert.Zero(b.t, looked, "nobody asks for a fingerprint")
 			}, comfyuitest.WithVersion(c.release), proxied(sent.wrap))
+		})
+	}
+}
+
+// TestS36FirstLooksShareTheQueue: where a pod does not tell of single prompts, those that are looked for at one time share a read.
+func TestS36FirstLooksShareTheQueue(t *testing.T) {
+	t.Parallel()
+	for release, most := range map[string]int{"0.3.40": 12, "0.5.1": 12, "0.33.0": 4} {
+		t.Run(release, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				const jobs = 100
+				b.raw("Long", 1)
+				b.pod.Inject(comfyuitest.Fault{Route: "GET /queue", Effect: comfyuitest.Slow, Delay: 100 * time.Millisecond, Times: -1})
+				submitMany(b, b.client(), jobs)
+				require.Eventually(b.t, func() bool { return len(b.pod.Prompts()) == 1+jobs }, time.Minute, 10*time.Millisecond)
+				read := b.pod.Requests("GET /queue")
+				b.t.Logf("%d jobs: /queue read %d times", jobs, read)
+				assert.Positive(b.t, read)
+				assert.LessOrEqual(b.t, read, most)
+			}, comfyuitest.WithVersion(release))
+		})
+	}
+}
+
+// TestS34HeirOfManyUnrecorded: of a process that died between its POSTs and their records, the heir does not read the whole queue for
+// each job.
+func TestS34HeirOfManyUnrecorded(t *testing.T) {
+	t.Parallel()
+	const others, jobs = 50, 200
+	for _, release := range []string{"0.5.1", "0.27.0", "0.33.0"} {
+		t.Run(release, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				t := b.t
+				b.raw("Long", 1)
+				for i := range others {
+					b.raw("Work", 2+i)
+				}
+				store := comfyui.NewMemoryStore()
+				p := b.process(storetest.Flaky(store, func(_ context.Context, method string) (error, bool) {
+					if method == "Update" {
+						return errors.New("down"), false
+					}
+					return nil, false
+				}), nil)
+				submitMany(b, p.PodClient, jobs)
+				require.Eventually(t, func() bool { return len(b.pod.Prompts()) == 1+others+jobs }, time.Minute, time.Second)
+				p.kill()
+
+				asked := func() (queues, rest int) {
+					return b.pod.Requests("GET /queue"), b.pod.Requests("GET /history") + b.pod.Requests("GET /api/jobs")
+				}
+				queues, rest := asked()
+				heir := b.client(comfyui.WithStore(store))
+				var taken []*comfyui.Job
+				for j, err := range heir.Recover(b.ctx) {
+					require.NoError(t, err)
+					taken = append(taken, j)
+				}
+				require.Len(t, taken, jobs)
+				for _, j := range taken {
+					for range j.Events(b.ctx) {
+						if j.Progress().Status == comfyui.StatusQueued {
+							break
+						}
+					}
+				}
+				queuesNow, restNow := asked()
+				t.Logf("%d jobs: /queue read %d times, single prompts asked for %d times", jobs, queuesNow-queues, restNow-rest)
+				assert.LessOrEqual(t, queuesNow-queues, 10)
+				assert.LessOrEqual(t, restNow-rest, 3*jobs)
+				for _, j := range taken {
+					r, err := j.Wait(b.ctx)
+					succeeded(t, r, err)
+				}
+				for _, prompt := range b.pod.Prompts() {
+					assert.Equal(t, 1, prompt.Posts)
+					assert.Equal(t, 1, prompt.Runs)
+				}
+			}, comfyuitest.WithVersion(release), slowAnswer(http.MethodGet, "/queue", 100*time.Millisecond))
 		})
 	}
 }

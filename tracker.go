@@ -53,6 +53,7 @@ type tracker struct {
 	opts     *options
 	timing   Timing
 	endpoint *endpoint
+	reads    *queueReads
 	retrier  *retrier
 	counters *counters
 	store    Store
@@ -80,6 +81,7 @@ type tracker struct {
 	byPrompt map[string]*tracked
 	wakes    wakeHeap
 	queue    []*tracked // ready to be posted, in order
+	shown    *queueRead // the newest, for those in queue; nil: none
 	strays   []wire.Message
 	inFlight int // jobs that are on the pod or being posted
 	stream   *stream
@@ -154,6 +156,7 @@ func newTracker(c *PodClient) *tracker {
 		timer: time.NewTimer(time.Hour), jobs: map[string]*tracked{}, byPrompt: map[string]*tracked{},
 		adopted: map[string]*adoption{}, current: map[*stream]string{},
 	}
+	t.reads = &queueReads{t: t}
 	_, t.inMemory = t.store.(*MemoryStore)
 	switch s := t.store.(type) {
 	case *MemoryStore:
@@ -431,6 +434,7 @@ type tracked struct {
 
 type postingState struct {
 	queued, busy bool
+	reads        int64                   // of the pod's queue that had begun when it was queued
 	made         int                     // POSTs of this attempt that were made
 	at           time.Time               // not before; zero: at once
 	streamBy     time.Time               // the stream is waited for until then
@@ -1453,7 +1457,7 @@ func (t *tracker) look(now time.Time) {
 	}
 	t.due.looking = true
 	r := &reconciler{
-		endpoint: t.endpoint, started: now, wanted: wanted, fingerprint: t.pod.fingerprints, witnesses: t.pod.witnesses(),
+		endpoint: t.endpoint, reads: t.reads, started: now, wanted: wanted, fingerprint: t.pod.fingerprints, witnesses: t.pod.witnesses(),
 		incarnation: t.pod.incarnation, proven: t.pod.proven, heard: t.stream.heard.Load(),
 		single: t.asksSingly(wanted, now),
 	}
@@ -1784,7 +1788,7 @@ func (t *tracker) absentDue(j *tracked, now time.Time) {
 func (t *tracker) gatherEvidence(j *tracked) {
 	j.absent.busy = true
 	id, prompt := j.rec.JobID, j.rec.PromptID
-	r := &reconciler{endpoint: t.endpoint, started: time.Now(), witnesses: j.witnesses, incarnation: t.pod.incarnation}
+	r := &reconciler{endpoint: t.endpoint, reads: t.reads, started: time.Now(), witnesses: j.witnesses, incarnation: t.pod.incarnation}
 	t.errand.do(func(ctx context.Context) func() {
 		if r.lookAtQueue(ctx); r.err == nil {
 			r.takeFingerprint(ctx)

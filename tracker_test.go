@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"slices"
 	"strconv"
 	"sync"
@@ -14,6 +15,9 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/comfypod/comfyui/comfyuitest"
 )
 
 // A crew is never larger than its limit, does all that it is given in order, and is gone a moment after.
@@ -151,4 +155,111 @@ func TestHookThatHangs(t *testing.T) {
 			told = nil
 		}
 	})
+}
+
+// answer is what a look was told of the queue.
+type answer struct {
+	read *queueRead
+	err  error
+	at   time.Time
+}
+
+// Looks share a read of the queue that begins after each of them, and what it says, an error too. One that does not wait any longer takes
+// nothing from the others, and a read that hangs does not hang the next.
+func TestQueueReads(t *testing.T) {
+	t.Parallel()
+	for name, f := range map[string]func(t *testing.T, pod *comfyuitest.Pod, reads *queueReads, look func(context.Context, time.Duration) func() answer){
+		"shared by those who asked before it began": func(t *testing.T, pod *comfyuitest.Pod, _ *queueReads, look func(context.Context, time.Duration) func() answer) {
+			pod.Inject(comfyuitest.Fault{Route: "GET /queue", Effect: comfyuitest.Slow, Delay: 2 * time.Second, Times: 2})
+			began := time.Now()
+			first := look(t.Context(), 0)
+			var rest []func() answer
+			for i := range 20 {
+				rest = append(rest, look(t.Context(), time.Duration(1+i)*50*time.Millisecond))
+			}
+			require.NoError(t, first().err)
+			assert.EqualValues(t, 1, first().read.turn)
+			assert.Equal(t, 2*time.Second, first().read.cost)
+			for _, a := range rest {
+				require.NoError(t, a().err)
+				assert.EqualValues(t, 2, a().read.turn)
+				assert.Equal(t, 5*time.Second, a().at.Sub(began), "the pod has a second for other things between the two")
+			}
+			assert.Equal(t, 2, pod.Requests("GET /queue"))
+		},
+		"an error reaches each": func(t *testing.T, pod *comfyuitest.Pod, _ *queueReads, look func(context.Context, time.Duration) func() answer) {
+			pod.Inject(comfyuitest.Fault{Route: "GET /queue", Effect: comfyuitest.Slow, Delay: time.Second, Times: 1})
+			first := look(t.Context(), 0)
+			time.Sleep(time.Second / 2)
+			pod.Inject(comfyuitest.Fault{Route: "GET /queue", Status: http.StatusBadGateway, Times: 1})
+			var rest []func() answer
+			for range 10 {
+				rest = append(rest, look(t.Context(), 0))
+			}
+			require.NoError(t, first().err)
+			for _, a := range rest {
+				var e *Error
+				require.ErrorAs(t, a().err, &e)
+				assert.Equal(t, http.StatusBadGateway, e.StatusCode)
+			}
+			assert.Equal(t, 2, pod.Requests("GET /queue"))
+		},
+		"a ctx ends its own wait": func(t *testing.T, pod *comfyuitest.Pod, _ *queueReads, look func(context.Context, time.Duration) func() answer) {
+			pod.Inject(comfyuitest.Fault{Route: "GET /queue", Effect: comfyuitest.Slow, Delay: 2 * time.Second, Times: -1})
+			began := time.Now()
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			defer cancel()
+			impatient := []func() answer{look(ctx, 0), look(ctx, time.Millisecond)} // each begins a read
+			patient := look(t.Context(), 2*time.Millisecond)
+			for _, a := range impatient {
+				assert.Equal(t, CategoryContext, CategoryOf(a().err))
+				require.ErrorIs(t, a().err, context.DeadlineExceeded)
+				assert.Equal(t, time.Second, a().at.Sub(began))
+			}
+			require.NoError(t, patient().err)
+			assert.EqualValues(t, 2, patient().read.turn)
+			assert.Equal(t, 2, pod.Requests("GET /queue"))
+		},
+		"one hangs": func(t *testing.T, pod *comfyuitest.Pod, reads *queueReads, look func(context.Context, time.Duration) func() answer) {
+			pod.Inject(comfyuitest.Fault{Route: "GET /queue", Effect: comfyuitest.Hang, Times: 1})
+			began := time.Now()
+			hung, next := look(t.Context(), 0), look(t.Context(), time.Millisecond)
+			require.NoError(t, next().err)
+			assert.Equal(t, hungRead, next().at.Sub(began).Truncate(time.Second))
+			assert.Equal(t, CategoryTimeout, CategoryOf(hung().err))
+			synctest.Wait()
+			assert.Nil(t, reads.current)
+			assert.Nil(t, reads.next)
+		},
+		"the client is closed": func(t *testing.T, pod *comfyuitest.Pod, reads *queueReads, look func(context.Context, time.Duration) func() answer) {
+			pod.Inject(comfyuitest.Fault{Route: "GET /queue", Effect: comfyuitest.Hang, Times: -1})
+			hung, next := look(t.Context(), 0), look(t.Context(), time.Second)
+			time.Sleep(2 * time.Second)
+			require.NoError(t, reads.t.client.Close())
+			require.ErrorIs(t, hung().err, ErrClosed)
+			require.ErrorIs(t, next().err, ErrClosed)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				pod := comfyuitest.NewPod(comfyuitest.WithPipes())
+				defer pod.Close()
+				c, err := NewPodClient(pod.URL(), WithHTTPClient(pod.Client()))
+				require.NoError(t, err)
+				defer func() { assert.NoError(t, c.Close()) }()
+				tr, err := c.running("test", "")
+				require.NoError(t, err)
+				f(t, pod, tr.reads, func(ctx context.Context, at time.Duration) func() answer {
+					told := make(chan answer, 1)
+					tr.wg.Go(func() {
+						time.Sleep(at)
+						read, err := tr.reads.after(ctx)
+						told <- answer{read, err, time.Now()}
+					})
+					return sync.OnceValue(func() answer { return <-told })
+				})
+			})
+		})
+	}
 }
