@@ -192,13 +192,16 @@ func TestAnswerToALargeBody(t *testing.T) {
 			t.Parallel()
 			p := Start(t, WithMaxUpload(1<<20))
 			p.Inject(c.fault)
-			transport := &http.Transport{DisableKeepAlives: true}
+			transport := &http.Transport{DisableKeepAlives: true, ExpectContinueTimeout: time.Minute}
 			defer transport.CloseIdleConnections()
-			post := func(body io.Reader) {
+			post := func(body io.Reader, expect string) {
 				req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, p.URL()+c.path, body)
 				require.NoError(t, err)
 				if c.origin != "" {
 					req.Header.Set("Origin", c.origin)
+				}
+				if expect != "" {
+					req.Header.Set("Expect", expect)
 				}
 				resp, err := transport.RoundTrip(req)
 				require.NoError(t, err)
@@ -208,13 +211,14 @@ func TestAnswerToALargeBody(t *testing.T) {
 				require.NoError(t, resp.Body.Close())
 				require.Equal(t, int64(len(data)), resp.ContentLength)
 			}
-			for range 10 {
-				post(bytes.NewReader(make([]byte, 8<<20)))
+			for range 6 {
+				post(bytes.NewReader(make([]byte, 8<<20)), "")
+				post(bytes.NewReader(make([]byte, 8<<20)), "100-continue")
 			}
 			endless, more := io.Pipe()
 			defer func() { _ = more.Close() }()
 			go func() { _, _ = more.Write(make([]byte, 2<<20)) }()
-			post(endless)
+			post(endless, "")
 		})
 	}
 }

@@ -254,7 +254,7 @@ const lingering = 10 * time.Second
 // while the client still writes would take the answer away from it.
 func linger(w http.ResponseWriter, r *http.Request, answer func()) {
 	control := http.NewResponseController(w)
-	if r.Header.Get("Expect") != "" || control.EnableFullDuplex() != nil {
+	if control.EnableFullDuplex() != nil {
 		answer()
 		return
 	}
