@@ -296,11 +296,13 @@ func (p *process) serveStream(conn net.Conn, reader *bufio.Reader, header string
 
 // greet completes the handshake and sends the frames that are outside the queue: nothing of the queue can come before.
 func (p *process) greet(s *stream, header string) error {
-	if _, err := s.ws.conn.Write([]byte(header)); err != nil {
-		p.hub.register(s) // the handler goes on as far as it would on a dead connection
+	s.ws.writing <- struct{}{} // what a cut sends comes after the handshake
+	p.hub.register(s)          // before the client knows of the socket; and on a dead connection too, as far as the handler goes on there
+	_, err := s.ws.conn.Write([]byte(header))
+	<-s.ws.writing
+	if err != nil {
 		return err
 	}
-	p.hub.register(s)
 	if err := s.send(textFrame("status", object{{"status", p.queueInfo()}, {"sid", s.sid}})); err != nil {
 		return err
 	}

@@ -424,6 +424,19 @@ func TestCutStreamsOverTCP(t *testing.T) {
 	require.Zero(t, p.Streams())
 }
 
+// TestStreamsFromTheHandshakeOn: a socket that a client has is counted, and can be cut.
+func TestStreamsFromTheHandshakeOn(t *testing.T) {
+	t.Parallel()
+	p := Start(t)
+	for range 500 {
+		s := dial(t, p, "me")
+		require.Equal(t, 1, p.Streams())
+		p.CutStreams(CutReset)
+		require.Zero(t, p.Streams())
+		require.Error(t, s.end())
+	}
+}
+
 func TestRefuseStreams(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, p *Pod) {
