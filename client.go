@@ -471,7 +471,10 @@ func (c *PodClient) Submit(ctx context.Context, w *Workflow, opts ...JobOption) 
 	}
 	select {
 	case <-j.done:
-		if _, err := j.outcome(); err != nil && !j.wasAccepted() {
+		if r, err := j.outcome(); err != nil && !j.wasAccepted() {
+			if r == nil { // not the job's end
+				err = reword(err, "submit")
+			}
 			return nil, err
 		}
 	default:

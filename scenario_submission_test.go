@@ -680,6 +680,35 @@ func TestEndedContextOfEveryCall(t *testing.T) {
 	})
 }
 
+// Close ends the calls that wait, and each says which it was.
+func TestCloseNamesTheCall(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(b *bench) {
+		c := b.client(comfyui.WithMaxInFlight(1))
+		j, err := c.Submit(b.ctx, graphOf(t, "Long", 1))
+		require.NoError(t, err)
+		var wg sync.WaitGroup
+		for op, call := range map[string]func() error{
+			"submit":  func() error { _, err := c.Submit(b.ctx, graphOf(t, "Work", 2)); return err },
+			"execute": func() error { _, err := c.Execute(b.ctx, graphOf(t, "Work", 3)); return err },
+			"wait":    func() error { _, err := j.Wait(b.ctx); return err },
+		} {
+			wg.Go(func() {
+				var e *comfyui.Error
+				err := call()
+				if assert.ErrorAs(t, err, &e, op) {
+					assert.Equal(t, op, e.Op)
+					assert.Equal(t, comfyui.CategoryClosed, e.Category)
+					assert.NotEmpty(t, e.JobID)
+				}
+			})
+		}
+		synctest.Wait()
+		require.NoError(t, c.Close())
+		wg.Wait()
+	})
+}
+
 func TestZeroHandles(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
