@@ -1211,6 +1211,7 @@ type cancelState struct {
 	waiters map[*cancelWaiter]struct{}
 	busy    bool
 	next    time.Time
+	failure error     // of the last try
 	refused bool      // it cannot be done without hitting another's job
 	touched bool      // the pod has said that it took the prompt out or will stop it
 	hit     time.Time // when it last did; zero once a look since then has shown the prompt all the same
@@ -1410,7 +1411,7 @@ func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 		t.advance(j, now)
 		return
 	}
-	c.touched = c.touched || touched
+	c.touched, c.failure = c.touched || touched, err
 	c.next = now.Add(cancelAgain)
 	if touched && err == nil { // a look tells: of a thousand cancels none is made twice meanwhile
 		c.hit, c.next = now, now.Add(cancelUnseen)
@@ -1514,8 +1515,8 @@ func (t *tracker) removeDuplicate(j *tracked, promptID string, looked time.Time)
 
 // Cancel takes the job off the pod and returns nil when it has ended, however it did: see Wait. The intent is recorded first,
 // so that whoever drives the job honours it. The cancel is verified and issued again until the job has ended or ctx ends
-// (CategoryContext: the job may still end as cancelled). CategoryConflict: a pod before ComfyUI 0.3.57 runs it and cannot
-// stop it without risk to the jobs of others; the job goes on.
+// (CategoryContext, with the last failure, if any: the job may still end as cancelled). CategoryConflict: a pod before ComfyUI
+// 0.3.57 runs it and cannot stop it without risk to the jobs of others; the job goes on.
 func (j *Job) Cancel(ctx context.Context) error {
 	const op = "cancel"
 	select {
@@ -1540,8 +1541,9 @@ func (j *Job) Cancel(ctx context.Context) error {
 	case <-j.done:
 		return j.ended(op)
 	case <-ctx.Done():
-		t.tell(func() { t.dropWaiter(j.id, w) })
-		return j.contextError(op, ctx)
+		e := j.contextError(op, ctx)
+		t.tell(func() { e.Err = errors.Join(e.Err, t.dropWaiter(j.id, w)) })
+		return e
 	}
 }
 
@@ -1553,10 +1555,14 @@ func (j *Job) ended(op string) error {
 	return nil
 }
 
-func (t *tracker) dropWaiter(jobID string, w *cancelWaiter) {
-	if j := t.jobs[jobID]; j != nil {
-		delete(j.cancel.waiters, w)
+// dropWaiter returns why the job has not been cancelled yet, as far as that is known.
+func (t *tracker) dropWaiter(jobID string, w *cancelWaiter) error {
+	j := t.jobs[jobID]
+	if j == nil {
+		return nil
 	}
+	delete(j.cancel.waiters, w)
+	return j.cancel.failure
 }
 
 // asError makes err an *Error, with the category that its chain tells; nil stays nil.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -64,6 +65,23 @@ func TestS31OldPodCancelOfAJobThatHasJustEnded(t *testing.T) {
 			}, comfyuitest.WithVersion("0.3.40"))
 		})
 	}
+}
+
+// Whoever gives a cancel up is told why it has not come about.
+func TestS31CancelGivenUp(t *testing.T) {
+	t.Parallel()
+	onVersions(t, func(b *bench) {
+		j, err := b.client().Submit(b.ctx, graphOf(b.t, "Long", 1))
+		require.NoError(b.t, err)
+		time.Sleep(2 * time.Second)
+		b.pod.Restart(2 * time.Hour)
+		ctx, cancel := context.WithTimeout(b.ctx, 5*time.Second)
+		defer cancel()
+		err = j.Cancel(ctx)
+		require.ErrorIs(b.t, err, context.DeadlineExceeded)
+		require.ErrorIs(b.t, err, syscall.ECONNREFUSED)
+		assert.Equal(b.t, comfyui.CategoryContext, comfyui.CategoryOf(err))
+	})
 }
 
 // Another process asks for the cancel of a job that waits for room: it is read before the POST, which is not made.
