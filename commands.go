@@ -538,13 +538,14 @@ func (s *submission) lookThrough(ctx, patience context.Context, until time.Time)
 	wait := max(timing.Poll, 50*time.Millisecond)
 	var silent time.Time
 	for {
+		began := time.Now() // what is not there then may come until the look has ended
 		found, err := s.lookOnce(ctx)
 		now := time.Now()
 		s.looked = s.looked || err == nil
 		switch {
 		case found.accepted:
 			return found, nil
-		case err == nil && !now.Before(until):
+		case err == nil && !began.Before(until):
 			return submitted{}, nil
 		case err == nil:
 			silent, wait = time.Time{}, max(timing.Poll, 50*time.Millisecond)

@@ -631,3 +631,28 @@ func TestS31CancelWhileTheHistoryFails(t *testing.T) {
 		}
 	}, deaf)
 }
+
+// TestS3SlowLookAtTheEndOfGrace: what a look says is as old as its beginning. One that began before the end of the grace period and was
+// answered after it does not tell that the former owner's POST has not arrived in time.
+func TestS3SlowLookAtTheEndOfGrace(t *testing.T) {
+	t.Parallel()
+	for _, release := range []string{"0.3.64", "0.33.0"} {
+		t.Run(release, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				b.raw("Long", 7)
+				store := comfyui.NewMemoryStore()
+				b.pod.Inject(comfyuitest.Fault{Route: "POST /prompt", Effect: comfyuitest.AnswerBefore, Status: 524, Delay: 33 * time.Second, Times: 1}) // sent after 6 s
+				p := b.process(store, nth(1, "pod answers POST /prompt"))
+				background(b, p, graphOf(b.t, "Work", 1), comfyui.WithJobID("the-job"))
+				time.Sleep(20 * time.Second)
+				heir := b.client(comfyui.WithStore(store)) // claims after 30 s, and waits for another 10
+				for _, r := range recoverAll(b, heir) {
+					assert.Equal(b.t, 1, b.prompt(r.PromptID).Posts)
+					assert.Equal(b.t, 1, b.pod.Runs(r.PromptID))
+				}
+				assert.Len(b.t, b.pod.Prompts(), 2)
+			}, comfyuitest.WithVersion(release), slowAnswer(http.MethodGet, "/queue", 6*time.Second))
+		})
+	}
+}
