@@ -549,7 +549,7 @@ func (s *submission) lookThrough(ctx, patience context.Context, until time.Time)
 			return submitted{}, nil
 		case err == nil:
 			silent, wait = time.Time{}, max(timing.Poll, 50*time.Millisecond)
-		case ctx.Err() != nil, unreadable(err) && !s.inherited && !s.doubtful:
+		case ctx.Err() != nil, forGood(err) && !s.inherited && !s.doubtful:
 			return submitted{}, err
 		default:
 			if silent.IsZero() {
@@ -877,9 +877,12 @@ func answered(err error) bool {
 
 // unreadable tells whether the pod has answered, and cannot give what was asked for: a server stumbles over a history entry that is no
 // JSON, or a proxy keeps the route to itself.
-func unreadable(err error) bool {
+func unreadable(err error) bool { return answered(err) && forGood(err) }
+
+// forGood tells failures that waiting does not mend from those of a pod that is away or busy.
+func forGood(err error) bool {
 	c := CategoryOf(err)
-	return (c == CategoryProtocol || c == CategoryAuth) && answered(err)
+	return c == CategoryProtocol || c == CategoryAuth
 }
 
 // atOnce reads some things, a few at one time, until one of the reads returns false.

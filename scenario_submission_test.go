@@ -634,6 +634,40 @@ func TestS9RefusedLook(t *testing.T) {
 	}
 }
 
+// Nor does anybody wait where the look cannot be made at all.
+func TestS9LookThatCannotBeMade(t *testing.T) {
+	t.Parallel()
+	for name, tc := range map[string]struct {
+		url  func(string) string
+		opt  comfyui.Option
+		want comfyui.Category
+	}{
+		"no token": {
+			opt: comfyui.WithHeaderFunc(func(context.Context) (http.Header, error) { return nil, errors.New("no token today") }), want: comfyui.CategoryAuth,
+		},
+		"no TLS": {
+			url: func(url string) string { return strings.Replace(url, "http:", "https:", 1) }, want: comfyui.CategoryProtocol,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				url := b.pod.URL()
+				if tc.url != nil {
+					url = tc.url(url)
+				}
+				c, err := comfyui.NewPodClient(url, comfyui.WithHTTPClient(b.pod.Client()), tc.opt)
+				require.NoError(t, err)
+				defer c.Close()
+				start := time.Now()
+				_, err = c.Execute(b.ctx, graphOf(t, "Work", 1), comfyui.WithJobID("the-job"))
+				require.Equal(t, tc.want, comfyui.CategoryOf(err), "%v", err)
+				assert.Less(t, time.Since(start), 30*time.Second)
+			})
+		})
+	}
+}
+
 func TestS10UIFormatIsRefusedBeforeAnyPost(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(b *bench) {
