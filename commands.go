@@ -1347,7 +1347,9 @@ func (l *cancelLine) take() []cancelTry {
 		n++
 	}
 	tries := l.tries[:n:n]
-	l.tries = l.tries[n:]
+	if l.tries = l.tries[n:]; len(l.tries) == 0 {
+		l.tries = nil
+	}
 	return tries
 }
 
