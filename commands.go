@@ -1535,7 +1535,7 @@ func (j *Job) Cancel(ctx context.Context) error {
 		return err
 	}
 	if err := t.recordCancel(ctx, j.id); err != nil && !errors.Is(err, ErrJobNotFound) {
-		return err
+		return j.placed(asError(err))
 	}
 	w := &cancelWaiter{refused: make(chan error, 1)}
 	if !t.tell(func() { t.cancelRequested(j.id, w) }) {

@@ -289,12 +289,15 @@ func (j *Job) outcome() (*Result, error) {
 
 // contextError tells that the caller's ctx ended, which says nothing of the job but where it was.
 func (j *Job) contextError(op string, ctx context.Context) *Error {
+	return j.placed(&Error{Op: op, Category: CategoryContext, Err: endOf(ctx)})
+}
+
+// placed says in e, which nobody else has yet, what is known of the job.
+func (j *Job) placed(e *Error) *Error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	return &Error{
-		Op: op, Pod: j.client.Name(), JobID: j.id, PromptID: j.promptID, Attempt: j.attempt, Status: j.progress.Status,
-		Category: CategoryContext, Err: endOf(ctx),
-	}
+	e.Pod, e.JobID, e.PromptID, e.Attempt, e.Status = j.client.Name(), j.id, j.promptID, j.attempt, j.progress.Status
+	return e
 }
 
 // Done is closed when Wait would return at once: the job has ended, or the client is closed.

@@ -688,6 +688,7 @@ func TestEndedContextOfEveryCall(t *testing.T) {
 		store := comfyui.NewMemoryStore()
 		j, err := b.client(comfyui.WithStore(store)).Submit(b.ctx, graphOf(t, "Long", 1), comfyui.WithJobID("there"))
 		require.NoError(t, err)
+		synctest.Wait() // it runs
 		c := b.client(comfyui.WithStore(store))
 		cause := errors.New("the program ends")
 		ctx, cancel := context.WithCancelCause(b.ctx)
@@ -709,6 +710,9 @@ func TestEndedContextOfEveryCall(t *testing.T) {
 			assert.Equal(t, op, e.Op)
 			assert.NotEmpty(t, e.JobID, name)
 			assert.Equal(t, c.Name(), e.Pod, name)
+			if op == "wait" || op == "cancel" { // those of a Job know where it stands
+				assert.Equal(t, []any{j.PromptID(), 1, j.Progress().Status}, []any{e.PromptID, e.Attempt, e.Status}, name)
+			}
 		}
 		assert.Equal(t, 1, b.pod.Requests("POST /prompt"))
 	})
