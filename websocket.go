@@ -248,6 +248,7 @@ type listening struct {
 	*stream
 	conn    *websocket.Conn
 	closing atomic.Bool   // the goodbye is said: no more patience
+	aliveAt time.Time     // when the connection was last given time; of the goroutine that listens
 	over    chan struct{} // closed when listen has ended
 }
 
@@ -292,14 +293,19 @@ func (l *listening) goodbye() {
 	_ = l.conn.SetReadDeadline(deadline) // listen ends with the pod's answer or by this
 }
 
-// alive gives the connection another two ping periods; without pings it has all the time.
+// alive gives the connection another two ping periods, and a little more, so that it need not be done for each frame: it costs as much
+// as to read one. Without pings the connection has all the time.
 func (l *listening) alive() {
 	if l.closing.Load() {
 		return
 	}
 	var until time.Time
 	if l.timing.Ping > 0 {
-		until = time.Now().Add(2 * l.timing.Ping)
+		now, more := time.Now(), l.timing.Ping/64
+		if now.Sub(l.aliveAt) < more {
+			return
+		}
+		l.aliveAt, until = now, now.Add(2*l.timing.Ping+more)
 	}
 	_ = l.conn.SetReadDeadline(until)
 	if l.closing.Load() { // just now: its deadline must not be lost
