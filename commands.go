@@ -1,7 +1,6 @@
 package comfyui
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"encoding/json"
@@ -12,6 +11,7 @@ import (
 	"math"
 	"net/http"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,7 +29,7 @@ import (
 // promptID names an attempt: two processes that repeat an attempt use the same id, and a job whose record was lost can still
 // be matched to what the pod runs.
 func promptID(jobID, workflowHash string, attempt int) string {
-	return uuid.NewSHA1(promptSpace, fmt.Appendf(nil, "%s\x00%s\x00%d", jobID, workflowHash, attempt)).String()
+	return uuid.NewSHA1(promptSpace, []byte(jobID+"\x00"+workflowHash+"\x00"+strconv.Itoa(attempt))).String()
 }
 
 // promptSpace is the namespace of prompt ids.
@@ -653,16 +653,10 @@ func (s *submission) body() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	var b bytes.Buffer
-	b.Grow(len(s.rec.Workflow) + len(extra) + 256)
-	b.WriteString(`{"prompt":`)
-	b.Write(s.rec.Workflow)
-	write := func(key string, v any) {
-		raw, _ := json.Marshal(v) // strings, finite numbers and booleans
-		fmt.Fprintf(&b, ",%q:%s", key, raw)
-	}
-	write("client_id", s.t.opts.clientID)
-	write("prompt_id", s.rec.PromptID)
+	b := make([]byte, 0, len(s.rec.Workflow)+len(extra)+256)
+	b = append(append(b, `{"prompt":`...), s.rec.Workflow...)
+	b = append(append(b, `,"client_id":`...), jsonOf(s.t.opts.clientID)...)
+	b = append(append(b, `,"prompt_id":`...), jsonOf(s.rec.PromptID)...)
 	if s.number != nil {
 		// An equal number under an equal id makes the pod compare graphs, which can stop its worker (server.md §1).
 		number, towards := *s.number, math.Inf(1)
@@ -672,14 +666,12 @@ func (s *submission) body() ([]byte, error) {
 		for range s.nudges + s.posts {
 			number = math.Nextafter(number, towards)
 		}
-		write("number", number)
+		b = append(append(b, `,"number":`...), jsonOf(number)...)
 	} else if s.rec.Options.Front {
-		write("front", true)
+		b = append(b, `,"front":true`...)
 	}
-	b.WriteString(`,"extra_data":`)
-	b.Write(extra)
-	b.WriteByte('}')
-	return b.Bytes(), nil
+	b = append(append(b, `,"extra_data":`...), extra...)
+	return append(b, '}'), nil
 }
 
 // marker is what extra_data holds under markerKey.
@@ -691,6 +683,11 @@ type marker struct {
 
 // extraData is the caller's, the secrets, and the marker.
 func (s *submission) extraData() ([]byte, error) {
+	mark := marker{JobID: s.rec.JobID, Attempt: s.rec.Attempt, Nonce: uuid.NewString()}
+	key := s.t.opts.apiKey
+	if len(s.rec.ExtraData) == 0 && key == "" && len(s.secrets) == 0 {
+		return slices.Concat([]byte(`{"`+markerKey+`":`), jsonOf(mark), []byte{'}'}), nil
+	}
 	extra := map[string]any{}
 	if len(s.rec.ExtraData) > 0 {
 		stored := map[string]json.RawMessage{}
@@ -701,11 +698,11 @@ func (s *submission) extraData() ([]byte, error) {
 			extra[k] = v
 		}
 	}
-	if key := s.t.opts.apiKey; key != "" {
+	if key != "" {
 		extra["api_key_comfy_org"] = key
 	}
 	maps.Copy(extra, s.secrets)
-	extra[markerKey] = marker{JobID: s.rec.JobID, Attempt: s.rec.Attempt, Nonce: uuid.NewString()}
+	extra[markerKey] = mark
 	return json.Marshal(extra)
 }
 
