@@ -668,21 +668,34 @@ func (s *MemoryStore) Get(ctx context.Context, jobID string) (*Record, error) {
 
 // Update implements Store.
 func (s *MemoryStore) Update(ctx context.Context, r *Record) (*Record, error) {
+	h, content, err := s.update(ctx, r)
+	if content == nil {
+		return nil, err
+	}
+	stored := h.record(content, r)
+	if err != nil {
+		err = storeError("update", r.JobID, stored, err)
+	}
+	return stored, err
+}
+
+// update is Update without the copy of what is stored, which must not be changed. content is nil if there is no record.
+func (s *MemoryStore) update(ctx context.Context, r *Record) (h hold, content *Record, err error) {
 	if err := checkRecord(r); err != nil {
-		return nil, storeError("update", jobIDOf(r), nil, err)
+		return hold{}, nil, storeError("update", jobIDOf(r), nil, err)
 	}
 	if err := ctx.Err(); err != nil {
-		return nil, storeError("update", r.JobID, nil, err)
+		return hold{}, nil, storeError("update", r.JobID, nil, err)
 	}
-	content := storedContent(r, s.peek(r.JobID))
+	content = storedContent(r, s.peek(r.JobID))
 
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	now := time.Now()
 	s.expire(now)
 	j := s.find(r.JobID, now)
 	if j == nil {
-		s.mu.Unlock()
-		return nil, storeError("update", r.JobID, nil, ErrJobNotFound)
+		return hold{}, nil, storeError("update", r.JobID, nil, ErrJobNotFound)
 	}
 	write, err := j.accepts(r)
 	if write {
@@ -691,14 +704,7 @@ func (s *MemoryStore) Update(ctx context.Context, r *Record) (*Record, error) {
 		j.cancelRequested = !reopens && (j.cancelRequested || r.CancelRequested)
 		s.put(j, content, now)
 	}
-	h, content := j.hold, j.content
-	s.mu.Unlock()
-
-	stored := h.record(content, r)
-	if err != nil {
-		return stored, storeError("update", r.JobID, stored, err)
-	}
-	return stored, nil
+	return j.hold, j.content, err
 }
 
 // accepts judges a write; Store.Update has the rules.

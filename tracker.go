@@ -57,9 +57,9 @@ type tracker struct {
 	retrier  *retrier
 	counters *counters
 	store    Store
-	inMemory bool   // it is a MemoryStore
-	owner    string // random: the identity behind leases
-	ears     *ears  // nil: the store tells nothing by itself
+	memory   *MemoryStore // the same, if it is one; else nil
+	owner    string       // random: the identity behind leases
+	ears     *ears        // nil: the store tells nothing by itself
 
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
@@ -157,7 +157,7 @@ func newTracker(c *PodClient) *tracker {
 		adopted: map[string]*adoption{}, current: map[*stream]string{},
 	}
 	t.reads = &queueReads{t: t}
-	_, t.inMemory = t.store.(*MemoryStore)
+	t.memory, _ = t.store.(*MemoryStore)
 	switch s := t.store.(type) {
 	case *MemoryStore:
 		t.ears = newEars(t, s)
@@ -1866,22 +1866,28 @@ func (t *tracker) writeDue(j *tracked, now time.Time) {
 		t.gauges.unwritten.Add(1)
 	}
 	lease := j.lease
-	if t.inMemory { // takes a lock, copies, and that is all: no reason to go through a worker
-		stored, err := t.writeRecord(t.ctx, &j.rec)
-		t.wrote(j, lease, &j.rec, stored, err)
+	if t.memory != nil { // takes a lock, copies, and that is all: no reason to go through a worker
+		wanted, stored, err := t.writeRecord(t.ctx, &j.rec)
+		t.wrote(j, lease, &j.rec, wanted, stored, err)
 		return
 	}
 	rec := j.rec.Clone()
 	t.writing.do(func(ctx context.Context) func() {
-		stored, err := t.writeRecord(ctx, rec)
-		return func() { t.wrote(j, lease, rec, stored, err) }
+		wanted, stored, err := t.writeRecord(ctx, rec)
+		return func() { t.wrote(j, lease, rec, wanted, stored, err) }
 	})
 }
 
-// writeRecord updates the record, and creates it again if the store has lost it.
-func (t *tracker) writeRecord(ctx context.Context, rec *Record) (*Record, error) {
+// writeRecord updates the record, and creates it again if the store has lost it. wanted: somebody has asked for a cancel. With
+// ErrFenced stored is what the store has.
+func (t *tracker) writeRecord(ctx context.Context, rec *Record) (wanted bool, stored *Record, err error) {
 	t.counters.storeWrites.Add(1)
-	stored, err := t.store.Update(ctx, rec)
+	if t.memory != nil {
+		if kept, _, err := t.memory.update(ctx, rec); err == nil {
+			return kept.cancelRequested, nil, nil
+		}
+	}
+	stored, err = t.store.Update(ctx, rec)
 	if errors.Is(err, ErrJobNotFound) {
 		if _, err = t.store.Get(ctx, rec.JobID); errors.Is(err, ErrJobNotFound) {
 			stored, err = t.recreate(ctx, rec)
@@ -1890,7 +1896,7 @@ func (t *tracker) writeRecord(ctx context.Context, rec *Record) (*Record, error)
 	if err != nil && !errors.Is(err, ErrFenced) {
 		t.counters.storeErrors.Add(1)
 	}
-	return stored, err
+	return err == nil && stored.CancelRequested, stored, err
 }
 
 // recreate brings back a record that the store has lost, with what it should say by now.
@@ -1909,7 +1915,7 @@ func (t *tracker) recreate(ctx context.Context, rec *Record) (*Record, error) {
 }
 
 // wrote takes in the store's answer to what was written under a lease.
-func (t *tracker) wrote(j *tracked, l *lease, rec, stored *Record, err error) {
+func (t *tracker) wrote(j *tracked, l *lease, rec *Record, wanted bool, stored *Record, err error) {
 	if j.lease != l { // lost, and won again perhaps
 		return
 	}
@@ -1931,7 +1937,7 @@ func (t *tracker) wrote(j *tracked, l *lease, rec, stored *Record, err error) {
 		j.write.attempt = max(j.write.attempt, rec.Attempt)
 		j.rec.Epoch, j.rec.Rev = rec.Epoch, max(j.rec.Rev, rec.Rev)
 		j.lease.toldIntent(now)
-		if stored.CancelRequested {
+		if wanted {
 			t.learnIntent(j)
 		}
 	}
@@ -2653,7 +2659,7 @@ func (t *tracker) writeLast(jobs []*tracked) {
 	defer cancel()
 	for _, j := range jobs {
 		j.rec.Rev++
-		if _, err := t.writeRecord(ctx, &j.rec); err != nil && ctx.Err() != nil {
+		if _, _, err := t.writeRecord(ctx, &j.rec); err != nil && ctx.Err() != nil {
 			return
 		}
 	}
