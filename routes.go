@@ -696,7 +696,7 @@ func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error)
 	for hop := 0; ; hop++ {
 		reached.tries.Store(0)
 		cookies := req.Header["Cookie"] // without those of the jar
-		resp, err := client.Do(req)
+		resp, err := exchangeOnce(client, req)
 		if err != nil {
 			if resp != nil {
 				_ = resp.Body.Close()
@@ -730,6 +730,20 @@ func (e *endpoint) exchange(ctx context.Context, q call) (*http.Response, error)
 			req.Header["Cookie"] = cookies
 		}
 	}
+}
+
+// exchangeOnce is client.Do, which copies all headers for a redirect that it may have to follow: one of ours follows none.
+func exchangeOnce(client *http.Client, req *http.Request) (*http.Response, error) {
+	transport, ok := client.Transport.(*http.Transport)
+	if !ok || client.Jar != nil {
+		return client.Do(req)
+	}
+	resp, err := transport.RoundTrip(req)
+	var notTLS tls.RecordHeaderError
+	if errors.As(err, &notTLS) && string(notTLS.RecordHeader[:]) == "HTTP/" {
+		err = http.ErrSchemeMismatch // as client.Do has it
+	}
+	return resp, err
 }
 
 func (e *endpoint) request(l *lifeline, q call, reached *connection) (*http.Request, error) {
@@ -946,9 +960,11 @@ type lines struct {
 	breaks atomic.Int64
 
 	mu      sync.Mutex
-	used    map[net.Conn]lineUse
-	seeking int  // requests that wait for a connection
-	suspect bool // one of them had to make one, though one should have been idle
+	busy    map[net.Conn]*connection // by the request that is on it
+	waiting map[net.Conn]time.Time   // to be used again: since when
+	oldest  time.Time                // none of them waits for longer
+	seeking int                      // requests that wait for a connection
+	suspect bool                     // one of them had to make one, though one should have been idle
 }
 
 // linesOf are the lines of the transports in use.
@@ -992,27 +1008,23 @@ func closeLines(key lineKey) {
 	}
 }
 
-// lineUse is the request that is on a connection or, with none, since when it waits to be used again.
-type lineUse struct {
-	by    *connection
-	since time.Time
-}
-
 // keptIdle is how long an idle connection is sure to be kept: ComfyUI closes it after 75 s, which is no sign of anything.
 const keptIdle = time.Minute
 
 // idle counts the connections that wait, and drops those that may have been closed for that.
-func (l *lines) idle(now time.Time) (n int) {
-	for conn, use := range l.used {
-		switch {
-		case use.by != nil:
-		case now.Sub(use.since) > keptIdle:
-			delete(l.used, conn)
-		default:
-			n++
+func (l *lines) idle(now time.Time) int {
+	if now.Sub(l.oldest) > keptIdle {
+		l.oldest = now
+		for conn, since := range l.waiting {
+			switch {
+			case now.Sub(since) > keptIdle:
+				delete(l.waiting, conn)
+			case since.Before(l.oldest):
+				l.oldest = since
+			}
 		}
 	}
-	return n
+	return len(l.waiting)
 }
 
 const (
@@ -1058,15 +1070,16 @@ func (c *connection) found(conn net.Conn, reused bool) {
 	if sought {
 		l.seeking--
 	}
-	if l.used == nil {
-		l.used = map[net.Conn]lineUse{}
+	if l.busy == nil {
+		l.busy, l.waiting = map[net.Conn]*connection{}, map[net.Conn]time.Time{}
 	}
-	l.used[conn], c.conn = lineUse{by: c}, conn
+	delete(l.waiting, conn)
+	l.busy[conn], c.conn = c, conn
 	if l.suspect = l.suspect || !reused && c.spare; l.suspect {
 		idle := l.idle(time.Now())
 		if idle > l.seeking {
 			lost, idle = true, 0
-			maps.DeleteFunc(l.used, func(_ net.Conn, use lineUse) bool { return use.by == nil })
+			clear(l.waiting)
 		}
 		l.suspect = idle > 0 && l.seeking > 0
 	}
@@ -1081,13 +1094,12 @@ func (c *connection) leave(idle bool) {
 	l := c.endpoint.lines
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if c.conn == nil || l.used[c.conn].by != c {
+	if c.conn == nil || l.busy[c.conn] != c {
 		return
 	}
+	delete(l.busy, c.conn)
 	if idle {
-		l.used[c.conn] = lineUse{since: time.Now()}
-	} else {
-		delete(l.used, c.conn)
+		l.waiting[c.conn] = time.Now()
 	}
 	c.conn = nil
 }
@@ -1575,9 +1587,7 @@ func (e *endpoint) read(ctx context.Context, q call, limit int64) (*reply, error
 	defer func() { _ = resp.Body.Close() }()
 	r := &reply{status: resp.StatusCode, header: resp.Header, sent: resp.Request.Header, url: resp.Request.URL}
 	if resp.ContentLength <= limit {
-		body := bytes.NewBuffer(make([]byte, 0, bytes.MinRead+min(max(resp.ContentLength, 0), 64<<10))) // a claim is not believed beyond that
-		_, err = body.ReadFrom(io.LimitReader(resp.Body, limit+1))
-		r.body = body.Bytes()
+		r.body, err = readAll(io.LimitReader(resp.Body, limit+1), resp.ContentLength)
 	}
 	if err == nil && (resp.ContentLength > limit || int64(len(r.body)) > limit) {
 		err = &Error{
@@ -1590,6 +1600,26 @@ func (e *endpoint) read(ctx context.Context, q call, limit int64) (*reply, error
 		return nil, err
 	}
 	return r, nil
+}
+
+// readAll is io.ReadAll for an answer of a length that was claimed, or a negative one. A claim is not believed beyond 64 KiB.
+func readAll(r io.Reader, claimed int64) ([]byte, error) {
+	if claimed < 0 {
+		claimed = 512
+	}
+	body := make([]byte, 0, min(claimed, 64<<10)+1) // with room for the end to be seen
+	for {
+		n, err := r.Read(body[len(body):cap(body)])
+		body = body[:len(body)+n]
+		switch {
+		case err == io.EOF: //nolint:errorlint // the contract of io.Reader
+			return body, nil
+		case err != nil:
+			return body, err
+		case len(body) == cap(body):
+			body = slices.Grow(body, len(body))
+		}
+	}
 }
 
 // post sends JSON, one try. confirm may be nil; its error stops the request so that the pod cannot have acted on it.

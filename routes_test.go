@@ -2250,3 +2250,33 @@ func TestS9TransportErrorsHoldNoCredential(t *testing.T) {
 	require.NoError(t, fault)
 	require.ErrorIs(t, back, io.ErrUnexpectedEOF)
 }
+
+// ComfyUI closes a connection that nobody has used for 75 s: that it is gone then says nothing of the process.
+func TestIdleConnectionsAreForgottenInTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := &lines{}
+		use := func() *connection {
+			c, conn := &connection{endpoint: &endpoint{lines: l}}, &net.TCPConn{}
+			c.seek()
+			c.found(conn, false)
+			return c
+		}
+		idle := func() int { return l.idle(time.Now()) }
+		first, second := use(), use()
+		assert.Zero(t, idle(), "both are in use")
+		first.leave(true)
+		time.Sleep(keptIdle / 2)
+		second.leave(true)
+		assert.Equal(t, 2, idle())
+		time.Sleep(keptIdle / 2)
+		assert.Equal(t, 2, idle(), "the first may be open still")
+		time.Sleep(time.Nanosecond)
+		assert.Equal(t, 1, idle())
+		time.Sleep(keptIdle / 2)
+		assert.Zero(t, idle())
+		use().leave(false)
+		assert.Zero(t, idle(), "closed, it waits for nobody")
+		assert.Zero(t, l.breaks.Load())
+	})
+}

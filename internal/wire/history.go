@@ -73,7 +73,7 @@ func History(body []byte, withGraphs bool) ([]HistoryEntry, error) {
 
 func (d *Decoder) historyEntry(withGraphs bool) HistoryEntry {
 	s := &d.s
-	e := HistoryEntry{PromptID: d.names.str(s.key)}
+	e := HistoryEntry{PromptID: string(s.key)} // seen once: nothing to intern
 	if s.at() != '{' {
 		s.fail()
 	}

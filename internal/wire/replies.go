@@ -131,8 +131,8 @@ func DecodePromptReply(body []byte) (PromptReply, error) {
 		switch string(s.key) {
 		case "prompt_id":
 			id := s.text()
-			hasID = id != nil // "" is an id to old servers
-			r.PromptID = d.names.str(id)
+			hasID = id != nil       // "" is an id to old servers
+			r.PromptID = string(id) // seen once: nothing to intern
 		case "number":
 			r.Number = s.number()
 		case "node_errors":
