@@ -1612,7 +1612,7 @@ func readAll(r io.Reader, claimed int64) ([]byte, error) {
 		n, err := r.Read(body[len(body):cap(body)])
 		body = body[:len(body)+n]
 		switch {
-		case err == io.EOF: //nolint:errorlint // the contract of io.Reader
+		case err == io.EOF:
 			return body, nil
 		case err != nil:
 			return body, err

@@ -1044,8 +1044,8 @@ func (t *tracker) conclude(j *tracked, now time.Time) {
 		return
 	}
 	if !j.unwritten() {
+		t.forget(j) // first: whoever sees the end finds it in Stats too
 		t.finish(j, nil)
-		t.forget(j)
 		return
 	}
 	if !now.Before(j.holdUntil) {
@@ -2302,8 +2302,8 @@ func (t *tracker) missedRecord(j *tracked, now time.Time) {
 func (t *tracker) vanishedRecord(j *tracked) {
 	j.unwatch()
 	j.finished, j.concluded = true, true
-	j.handle.finish(nil, j.noEnd(ErrJobNotFound), nil)
 	t.forget(j)
+	j.handle.finish(nil, j.noEnd(ErrJobNotFound), nil)
 }
 
 // noEnd is what Wait returns in place of an end.

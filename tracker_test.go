@@ -82,6 +82,23 @@ func TestCrewEndsWithItsTracker(t *testing.T) {
 	})
 }
 
+// Whoever has seen the end of a job finds it in Stats: the client follows it no more.
+func TestStatsKnowTheEnd(t *testing.T) {
+	t.Parallel()
+	pod := comfyuitest.Start(t, comfyuitest.WithNode("Quick", comfyuitest.Node{Output: true}))
+	c, err := NewPodClient(pod.URL())
+	require.NoError(t, err)
+	defer c.Close()
+	for i := range 200 {
+		w, err := ParseWorkflow(fmt.Appendf(nil, `{"1":{"class_type":"Quick","inputs":{"seed":%d}}}`, i))
+		require.NoError(t, err)
+		_, err = c.Execute(t.Context(), w)
+		require.NoError(t, err)
+		s := c.Stats()
+		require.Equal(t, []any{0, 0, int64(i + 1)}, []any{s.Following, s.Owned, s.Succeeded}, "job %d", i)
+	}
+}
+
 // A hook that hangs is kept the newest events, in bounded memory, and the logger is told of what it misses.
 func TestHookThatHangs(t *testing.T) {
 	t.Parallel()
