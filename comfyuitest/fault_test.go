@@ -223,6 +223,24 @@ func TestAnswerToALargeBody(t *testing.T) {
 	}
 }
 
+// TestAnswerToABodyThatStops: a client that does not send what it announced loses the connection, like one of aiohttp.
+func TestAnswerToABodyThatStops(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := Start(t, WithPipes())
+		p.Inject(Fault{Route: "POST /upload", Status: 503, Body: "no"})
+		conn, err := p.DialContext(t.Context(), "tcp", "pod")
+		require.NoError(t, err)
+		defer func() { _ = conn.Close() }()
+		_, err = io.WriteString(conn, "POST /upload/image HTTP/1.1\r\nHost: pod\r\nContent-Length: 100\r\n\r\nhalf of it")
+		require.NoError(t, err)
+		require.NoError(t, conn.SetReadDeadline(time.Now().Add(time.Minute)))
+		got, err := io.ReadAll(conn)
+		require.NoError(t, err, "%s", got)
+		require.Contains(t, string(got), "503 Service Unavailable")
+	})
+}
+
 // TestHalfOfALargeBody: all of the half, however slowly the client reads, unless it goes away.
 func TestHalfOfALargeBody(t *testing.T) {
 	t.Parallel()

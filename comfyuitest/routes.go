@@ -261,7 +261,9 @@ func linger(w http.ResponseWriter, r *http.Request, answer func()) {
 	answer()
 	_ = control.Flush()
 	_ = control.SetReadDeadline(time.Now().Add(lingering))
-	_, _ = io.Copy(io.Discard, r.Body)
+	if _, err := io.Copy(io.Discard, r.Body); err != nil {
+		panic(http.ErrAbortHandler) // net/http would wait on, and take what comes later for a request
+	}
 	_ = control.SetReadDeadline(time.Time{})
 }
 
