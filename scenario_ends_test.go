@@ -1119,3 +1119,22 @@ func TestS30HistoryThatCannotBeRead(t *testing.T) {
 		})
 	}
 }
+
+// The first look after a restart has missed the job, and for some seconds the pod cannot give the history then, as when a proxy's token is
+// renewed. The look at the end of the grace period is no second one that could not read the entry: the job is made again.
+func TestS29HistoryRefusedAfterTheFirstLook(t *testing.T) {
+	t.Parallel()
+	everywhere(t, releases, []line{streaming, polling}, func(t *testing.T, b *bench, _ line) {
+		j, err := b.client().Submit(b.ctx, graphOf(t, "Long", 1))
+		require.NoError(t, err)
+		time.Sleep(5 * time.Second)
+		b.pod.Restart(time.Second)
+		time.Sleep(4 * time.Second)
+		heal := b.pod.Inject(comfyuitest.Fault{Route: "GET /history", Times: -1, Status: http.StatusForbidden})
+		time.Sleep(20 * time.Second)
+		heal()
+		r, err := j.Wait(b.ctx)
+		succeeded(t, r, err)
+		assert.Equal(t, 2, b.pod.Requests("POST /prompt"))
+	})
+}

@@ -459,8 +459,9 @@ type settleState struct {
 }
 
 type absentState struct {
-	again time.Time // it is looked for once more then; zero: it is not missed
-	busy  bool      // evidence is being gathered
+	again  time.Time // it is looked for once more then; zero: it is not missed
+	unread time.Time // the pod is asked for its history entry until then; zero: it has not failed to give that
+	busy   bool      // evidence is being gathered
 }
 
 // followState is how a follower learns what another owner does.
@@ -1604,13 +1605,13 @@ func (t *tracker) onSight(j *tracked, at time.Time, incarnation int) {
 		j.seenAt = at
 	}
 	j.incarnation = max(j.incarnation, incarnation)
-	j.sighted, j.hearsay, j.absent.again = true, false, time.Time{}
+	j.sighted, j.hearsay, j.absent.again, j.absent.unread = true, false, time.Time{}, time.Time{}
 }
 
 // historyRead takes in the history entry of a job.
 func (t *tracker) historyRead(j *tracked, entry *wire.HistoryEntry, now time.Time) {
 	t.pod.ended = entry.PromptID
-	j.absent.again = time.Time{}
+	j.absent.again, j.absent.unread = time.Time{}, time.Time{}
 	j.left = true
 	if j.awaitsReply(now) && mayLack(j.rec.Workflow, entry) {
 		j.settle.entry = entry
@@ -1747,7 +1748,8 @@ func (t *tracker) notFound(j *tracked, looked, now time.Time) {
 		t.observe(j, obsVanished{j.failure(CategoryCancelled, ErrCancelled)}, now)
 		return
 	}
-	if t.missed(j, max(0, t.timing.Grace), looked) {
+	j.absent.unread = time.Time{} // it has told
+	if t.missed(&j.absent.again, max(0, t.timing.Grace), looked) {
 		t.gatherEvidence(j)
 	}
 }
@@ -1762,25 +1764,27 @@ func (t *tracker) unread(j *tracked, cause error, looked, now time.Time) {
 		return
 	}
 	j.left = true
-	if !j.leaving && j.attempt.ended == nil && t.missed(j, unreadFor, looked) {
+	if !j.leaving && j.attempt.ended == nil && t.missed(&j.absent.unread, unreadFor, looked) {
 		t.observe(j, obsVerdict{j.failure(CategoryUnknown, errors.Join(ErrOutcomeUnknown, cause))}, now)
 	}
 }
 
-// missed tells whether a job is missed since so long. The first time it has the pod looked at again.
-func (t *tracker) missed(j *tracked, patience time.Duration, looked time.Time) bool {
-	if j.absent.again.IsZero() {
-		j.absent.again = looked.Add(patience)
-		t.lookBy(j.absent.again)
+// missed tells whether something is missed since so long. The first time it has the pod looked at again.
+func (t *tracker) missed(until *time.Time, patience time.Duration, looked time.Time) bool {
+	if until.IsZero() {
+		*until = looked.Add(patience)
+		t.lookBy(*until)
 		return false
 	}
-	return !looked.Before(j.absent.again)
+	return !looked.Before(*until)
 }
 
 func (t *tracker) absentDue(j *tracked, now time.Time) {
-	if again := j.absent.again; !j.absent.busy && now.Before(again) {
-		j.at(again)
-		t.lookBy(again)
+	for _, again := range [...]time.Time{j.absent.again, j.absent.unread} {
+		if !j.absent.busy && now.Before(again) {
+			j.at(again)
+			t.lookBy(again)
+		}
 	}
 }
 
