@@ -1309,7 +1309,8 @@ func (t *tracker) cancelDue(j *tracked, now time.Time) {
 		return
 	}
 	c.busy, c.waited = true, !j.rec.Started
-	t.cancels.add(cancelTry{j.rec.JobID, j.rec.PromptID, c.waited, j.lease})
+	together := c.waited && j.lease.fresh() && !refuses(c.failure)
+	t.cancels.add(cancelTry{j.rec.JobID, j.rec.PromptID, c.waited, together, j.lease})
 	t.cancelling.do(t.cancelSome)
 }
 
@@ -1317,8 +1318,13 @@ func (t *tracker) cancelDue(j *tracked, now time.Time) {
 type cancelTry struct {
 	jobID, promptID string
 	waits           bool // nothing says that it runs
+	together        bool // with others: nothing is known that would hold them up
 	lease           *lease
 }
+
+// refuses tells whether the pod, or what stands before it, answered a cancel with a no that may be meant for one prompt of many, or for the
+// way it was told.
+func refuses(err error) bool { return answered(err) && !isRefusal(err) }
 
 // cancelLine has the tries that nobody has begun.
 type cancelLine struct {
@@ -1335,12 +1341,12 @@ func (l *cancelLine) add(c cancelTry) {
 // cancelBatch bounds what is deleted by one request: the server goes through its whole queue for each.
 const cancelBatch = 64
 
-// take returns the first try, with those behind it if all of them wait.
+// take returns the first try, with those behind it that can be made together with it.
 func (l *cancelLine) take() []cancelTry {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	n := min(1, len(l.tries))
-	for n > 0 && n < min(cancelBatch, len(l.tries)) && l.tries[0].waits && l.tries[n].waits {
+	for n > 0 && n < min(cancelBatch, len(l.tries)) && l.tries[0].together && l.tries[n].together {
 		n++
 	}
 	tries := l.tries[:n:n]
@@ -1436,9 +1442,12 @@ func (t *tracker) cancelTried(jobID, promptID string, touched bool, err error) {
 	t.advance(j, now)
 }
 
+// cancelLookPause bounds the time between two looks after cancels: what shows them must come well before Timing.Cancel ends.
+const cancelLookPause = 2 * time.Second
+
 // lookAfterCancel asks for a look that shows what cancels have done, but not for each of many at a large queue.
 func (t *tracker) lookAfterCancel(now time.Time) {
-	t.lookBy(latest(now, t.pod.lookedAt.Add(4*t.pod.cost)))
+	t.lookBy(latest(now, t.pod.lookedAt.Add(min(4*t.pod.cost, cancelLookPause))))
 }
 
 func latest(a, b time.Time) time.Time {

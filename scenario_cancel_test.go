@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"sync"
 	"syscall"
 	"testing"
@@ -248,6 +249,97 @@ func TestS31CancelOfABacklog(t *testing.T) {
 				assert.LessOrEqual(b.t, queues-before, 30)
 				assert.LessOrEqual(b.t, time.Since(began), 2*jobs*answer)
 			}, comfyuitest.WithVersion(release), proxied(sent.wrap, oneAtATime(answer)), comfyuitest.WithNode("Hour", comfyuitest.Steps(3600, time.Second)))
+		})
+	}
+}
+
+// sharded is a store of which a part is away: the lease of one job cannot be renewed.
+type sharded struct {
+	*comfyui.MemoryStore
+	away string
+}
+
+func (s sharded) Renew(ctx context.Context, owner string, ttl time.Duration, jobIDs []string) ([]string, error) {
+	if slices.Contains(jobIDs, s.away) {
+		return nil, errors.New("the shard is away")
+	}
+	return s.MemoryStore.Renew(ctx, owner, ttl, jobIDs)
+}
+
+// Prompts that wait are taken off together. A job among them whose lease is not confirmed holds up none of the others; nor does a proxy
+// that keeps the queue to itself where the pod can cancel jobs one by one, nor a no to all for one.
+func TestS31CancelsTogether(t *testing.T) {
+	t.Parallel()
+	const odd = "job-20"
+	type troubled struct {
+		away     string
+		fault    *comfyuitest.Fault
+		releases []string
+	}
+	for name, tc := range map[string]troubled{
+		"a lease not confirmed":   {away: odd, releases: releases},
+		"the queue is forbidden":  {fault: &comfyuitest.Fault{Route: "POST /queue", Times: -1, Status: http.StatusForbidden}, releases: []string{"0.27.0", "0.33.0"}},
+		"the queue is not routed": {fault: &comfyuitest.Fault{Route: "POST /queue", Times: -1, Status: http.StatusNotFound}, releases: []string{"0.27.0", "0.33.0"}},
+	} {
+		for _, release := range tc.releases {
+			t.Run(name+"/"+release, func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(b *bench) {
+					b.raw("Hour", 1)
+					client := b.client(comfyui.WithStore(sharded{comfyui.NewMemoryStore(), tc.away}))
+					var jobs []*comfyui.Job
+					for i := range 40 {
+						j, err := client.Submit(b.ctx, graphOf(t, "Work", 10+i), comfyui.WithJobID(fmt.Sprint("job-", i)))
+						require.NoError(t, err)
+						jobs = append(jobs, j)
+					}
+					time.Sleep(20 * time.Second) // no renewal has been confirmed for more than half of the lease
+					if tc.fault != nil {
+						b.pod.Inject(*tc.fault)
+					}
+					ctx, stop := context.WithTimeout(b.ctx, 15*time.Second)
+					defer stop()
+					var wg sync.WaitGroup
+					for _, j := range jobs {
+						wg.Go(func() {
+							if err := j.Cancel(ctx); j.ID() != tc.away {
+								assert.NoError(t, err)
+							} else {
+								assert.ErrorContains(t, err, "the shard is away")
+							}
+						})
+					}
+					wg.Wait()
+				}, comfyuitest.WithVersion(release), proxied(oneAtATime(20*time.Millisecond)), comfyuitest.WithNode("Hour", comfyuitest.Steps(3600, time.Second)))
+			})
+		}
+	}
+}
+
+// Jobs reach their limits one after another at a pod that takes long to tell its queue. That the cancels have come about is seen in time:
+// no job ends with the warning that its prompt may still be there.
+func TestS33LimitsAtAPodWithASlowQueue(t *testing.T) {
+	t.Parallel()
+	for _, release := range releases {
+		t.Run(release, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(b *bench) {
+				b.pod.RefuseStreams(http.StatusForbidden)
+				b.raw("Hour", 1)
+				client := b.client()
+				var wg sync.WaitGroup
+				for i := range 20 {
+					wg.Go(func() {
+						limits := comfyui.Limits{Queue: time.Minute + time.Duration(i)*5*time.Second}
+						r, err := client.Execute(b.ctx, graphOf(t, "Work", 10+i), comfyui.WithLimits(limits))
+						assert.Equal(t, comfyui.CategoryTimeout, comfyui.CategoryOf(err), "%v", err)
+						if assert.NotNil(t, r) {
+							assert.Empty(t, r.Warnings)
+						}
+					})
+				}
+				wg.Wait()
+			}, comfyuitest.WithVersion(release), slowAnswer(http.MethodGet, "/queue", 10*time.Second), comfyuitest.WithNode("Hour", comfyuitest.Steps(3600, time.Second)))
 		})
 	}
 }

@@ -504,6 +504,13 @@ func (l *lease) freshFor() time.Duration {
 	return max(ttl-l.t.timing.Request, ttl/2)
 }
 
+// fresh tells whether confirm need not ask the store.
+func (l *lease) fresh() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return !l.lost && time.Since(l.at) < l.freshFor()
+}
+
 // confirm is called right before the bytes of something that only the owner may send. An old confirmation is renewed first.
 func (l *lease) confirm(ctx context.Context) error {
 	l.mu.Lock()
