@@ -406,7 +406,7 @@ func (s *submission) bring(ctx context.Context) submitted {
 	})
 	switch {
 	case err == nil:
-	case s.patience.Err() != nil:
+	case s.patience.Err() != nil && !errors.Is(err, ErrPodGone): // a POST in doubt that could not be looked for is not taken back
 		result = s.over(ctx)
 	default:
 		result = submitted{err: s.blame(err)}

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -340,6 +342,58 @@ func TestS33LimitsAtAPodWithASlowQueue(t *testing.T) {
 				}
 				wg.Wait()
 			}, comfyuitest.WithVersion(release), slowAnswer(http.MethodGet, "/queue", 10*time.Second), comfyuitest.WithNode("Hour", comfyuitest.Steps(3600, time.Second)))
+		})
+	}
+}
+
+// The answer to a POST is lost, and the pod is out of reach from then on. Nobody knows whether it has the job, so that a cancel is not said to
+// have come about: the job ends as one of a pod that is gone.
+func TestS31CancelWhileThePostIsInDoubt(t *testing.T) {
+	t.Parallel()
+	for _, id := range []bool{true, false} {
+		t.Run(fmt.Sprintf("its id was given=%t", id), func(t *testing.T) {
+			t.Parallel()
+			var away atomic.Bool
+			bubble(t, func(b *bench) {
+				store := comfyui.NewMemoryStore()
+				c := b.client(comfyui.WithStore(store))
+				var opts []comfyui.JobOption
+				if id {
+					opts = append(opts, comfyui.WithJobID("the-job"))
+				}
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					r, err := c.Execute(b.ctx, graphOf(t, "Work", 1), opts...)
+					assert.ErrorIs(t, err, comfyui.ErrPodGone)
+					if assert.NotNil(t, r) {
+						assert.Equal(t, comfyui.StatusFailed, r.Status)
+					}
+				})
+				time.Sleep(time.Minute)
+				for rec, err := range store.Unfinished(b.ctx, "") {
+					require.NoError(t, err)
+					j, err := c.Attach(b.ctx, rec.JobID)
+					require.NoError(t, err)
+					assert.NoError(t, j.Cancel(b.ctx))
+				}
+				wg.Wait()
+				b.ranOnce()
+			}, proxied(func(pod http.Handler) http.Handler {
+				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+					switch {
+					case away.Load():
+						w.WriteHeader(http.StatusBadGateway)
+					case r.Method == http.MethodPost && r.URL.Path == "/prompt":
+						away.Store(true)
+						pod.ServeHTTP(httptest.NewRecorder(), r)
+						w.WriteHeader(http.StatusBadGateway)
+					case r.URL.Path == "/ws":
+						w.WriteHeader(http.StatusForbidden)
+					default:
+						pod.ServeHTTP(w, r)
+					}
+				})
+			}))
 		})
 	}
 }
