@@ -67,8 +67,8 @@ func (p *process) features() object {
 }
 
 const (
-	podMemory     = 24 << 30
-	podMemoryFree = 20 << 30
+	podMemory     = int64(24) << 30
+	podMemoryFree = int64(20) << 30
 )
 
 func (p *process) getSystemStats(*request) *answer {
