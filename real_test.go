@@ -603,7 +603,10 @@ func (r *realRun) partlyValid() {
 	require.ErrorAs(r, err, &v)
 	assert.Contains(r, v.Nodes, "3")
 	assert.Equal(r, comfyui.CategoryValidation, comfyui.CategoryOf(err))
-	assert.Empty(r, result.Outputs)
+	assert.Equal(r, comfyui.StatusFailed, result.Status)
+	for _, o := range result.Outputs { // what the rest had made before it could be taken off the pod
+		assert.Equal(r, "2", o.Node)
+	}
 
 	result, _ = r.run(c, r.workflow(ns()), comfyui.AllowPartial())
 	require.Len(r, result.Outputs, 1)
