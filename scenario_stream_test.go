@@ -298,20 +298,9 @@ func TestS44EndlessFrames(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			pod := comfyuitest.Start(t, comfyuitest.WithNode("Quick", comfyuitest.Steps(1, 0)), comfyuitest.WithHandler(func(next http.Handler) http.Handler {
-				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-					if !strings.HasSuffix(r.URL.Path, "/ws") {
-						next.ServeHTTP(w, r)
-						return
-					}
-					conn, err := upgrader.Upgrade(w, r, nil)
-					if err != nil {
-						return
-					}
-					defer conn.Close()
-					_ = conn.WriteMessage(1, []byte(`{"type":"status","data":{"status":{"exec_info":{"queue_remaining":0}},"sid":"x"}}`))
-					_ = pour(conn.NetConn())
-				})
+			pod := comfyuitest.Start(t, comfyuitest.WithNode("Quick", comfyuitest.Steps(1, 0)), withSockets(func(conn *websocket.Conn) {
+				greet(conn)
+				_ = pour(conn.NetConn())
 			}))
 			c, err := comfyui.NewPodClient(pod.URL(), comfyui.WithPreviews(), comfyui.WithTiming(comfyui.Timing{Poll: 20 * time.Millisecond, PollStreaming: 20 * time.Millisecond}))
 			require.NoError(t, err)
@@ -453,24 +442,13 @@ func TestS45CloseBeforeTheGreeting(t *testing.T) {
 		t.Run(fmt.Sprintf("ping=%s", ping), func(t *testing.T) {
 			t.Parallel()
 			var over chan struct{}
-			late := comfyuitest.WithHandler(func(next http.Handler) http.Handler {
-				return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-					if !strings.HasSuffix(r.URL.Path, "/ws") {
-						next.ServeHTTP(w, r)
-						return
-					}
-					conn, err := upgrader.Upgrade(w, r, nil)
-					if err != nil {
-						return
-					}
-					defer conn.Close()
-					time.Sleep(500 * time.Millisecond)
-					_ = conn.WriteMessage(websocket.TextMessage, []byte(`{"type":"status","data":{"status":{"exec_info":{"queue_remaining":0}},"sid":"x"}}`))
-					select {
-					case <-over:
-					case <-time.After(time.Minute):
-					}
-				})
+			late := withSockets(func(conn *websocket.Conn) {
+				time.Sleep(500 * time.Millisecond)
+				greet(conn)
+				select {
+				case <-over:
+				case <-time.After(time.Minute):
+				}
 			})
 			bubble(t, func(b *bench) {
 				over = make(chan struct{}) // of this bubble
@@ -578,6 +556,29 @@ func TestS45ZeroClient(t *testing.T) {
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 var upgrader = websocket.Upgrader{}
+
+// withSockets has the pod's WebSockets served by something else.
+func withSockets(serve func(*websocket.Conn)) comfyuitest.Option {
+	return comfyuitest.WithHandler(func(next http.Handler) http.Handler {
+		return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if !strings.HasSuffix(r.URL.Path, "/ws") {
+				next.ServeHTTP(w, r)
+				return
+			}
+			conn, err := upgrader.Upgrade(w, r, nil)
+			if err != nil {
+				return
+			}
+			defer conn.Close()
+			serve(conn)
+		})
+	})
+}
+
+// greet sends the first frame of a pod that knows no feature flags.
+func greet(conn *websocket.Conn) {
+	_ = conn.WriteMessage(websocket.TextMessage, []byte(`{"type":"status","data":{"status":{"exec_info":{"queue_remaining":0}},"sid":"x"}}`))
+}
 
 func wsDialer(dial func(ctx context.Context, network, addr string) (net.Conn, error)) *websocket.Dialer {
 	return &websocket.Dialer{NetDialContext: dial}

@@ -513,14 +513,14 @@ func (l *lease) fresh() bool {
 
 // confirm is called right before the bytes of something that only the owner may send. An old confirmation is renewed first.
 func (l *lease) confirm(ctx context.Context) error {
+	if l.fresh() {
+		return nil
+	}
 	l.mu.Lock()
-	lost, at := l.lost, l.at
+	lost := l.lost
 	l.mu.Unlock()
 	if lost {
 		return fmt.Errorf("%w: %w", errUnconfirmed, ErrFenced)
-	}
-	if time.Since(at) < l.freshFor() {
-		return nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, storeTime)
 	defer cancel()
